@@ -1,0 +1,191 @@
+"""The public functions: fused attention for padded and packed batches, and what would run where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .backends import REGISTRY, reasons, select_backend
+from .ops import run
+from .spec import Operands, UnsupportedError, make_spec, options_of, parse_options
+
+
+def _four_dims(bias: Any) -> Any:
+    """A bias of fewer dimensions stands for leading ones, as everywhere in broadcasting."""
+    return bias[(None,) * (4 - bias.dim())] if isinstance(bias, Tensor) and bias.dim() < 4 else bias
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = None,
+    seqlens_k: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Fused attention: ``softmax(softmax_scale * query @ key^T, masked) @ value``, without the score matrix.
+
+    Any strides with a contiguous last dimension are taken as they are. One or a few query rows against a long cache
+    (decoding) take a path that splits the keys by itself. ``transformer_fast.reference`` is the exact definition.
+
+    Args:
+        query: (batch, num_heads, seqlen_q, head_dim), float32, bfloat16, float16 or float64 (reference only).
+        key: (batch, num_kv_heads, seqlen_k, head_dim); num_kv_heads divides num_heads, and query head ``h`` uses
+            KV head ``h // (num_heads // num_kv_heads)``.
+        value: (batch, num_kv_heads, seqlen_k, head_dim_v); head_dim_v may differ from head_dim.
+        causal: row ``i`` sees keys up to ``i + seqlen_k - seqlen_q``: the last row sees the last key (bottom-right
+            alignment, as in flash-attn since 2.1).
+        window_size: (left, right) keys on each side of a row's position, itself excluded; None or -1 is unbounded.
+            ``causal=True`` makes right 0.
+        seqlens_k: int32 (batch,), key lengths of right-padded batches or caches, 0 to seqlen_k. They move the
+            alignment: the last query row stands at the last valid key.
+        key_padding_mask: bool (batch, seqlen_k), True = keep, any pattern. It does not move the alignment.
+        bias: added to the scores (float32 or the query's dtype) or, as bool, hides keys where False; broadcastable
+            to (batch, num_heads, seqlen_q, seqlen_k).
+        alibi_slopes: float32 (num_heads,) or (batch, num_heads): adds ``-slope * |i + offset - j|``, where offset is
+            key length minus seqlen_q (Press et al., 2022). Without gradient.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` before bias (Gemma 2).
+        sinks: (num_heads,), float32 or the query's dtype: one extra logit a head, which takes probability and gives
+            no value (gpt-oss).
+        softmax_scale: default ``head_dim ** -0.5``.
+        dropout_p: probability of dropping an attention weight; the mask is Philox-keyed by a seed drawn from
+            PyTorch's generator, and the same on every back end.
+        deterministic: bit-identical gradients from run to run, with the same number of threads.
+        return_lse: also return the log-sum-exp of each row.
+        backend: "auto" takes the first that can; a name takes that one or raises.
+
+    Returns:
+        (batch, num_heads, seqlen_q, head_dim_v) in the query's dtype and memory order; with ``return_lse`` also the
+        natural-log lse, float32 (batch, num_heads, seqlen_q). A row that sees no key gives 0 and -inf. Both are
+        differentiable with respect to query, key, value, bias and sinks.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it, its value and what is allowed.
+        UnsupportedError: the back end asked for by name cannot do the problem.
+    """
+    options = options_of(causal, window_size, softmax_scale, softcap, dropout_p, deterministic, backend)
+    operands = Operands(
+        query, key, value, None, None, seqlens_k, key_padding_mask, _four_dims(bias), alibi_slopes, sinks, None
+    )
+    out, lse = run(operands, options, return_lse)
+    return (out, lse) if return_lse else out  # type: ignore[return-value]
+
+
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`attention` for sequences packed one after the other, so that no padding is stored or computed.
+
+    Args:
+        query: (total_q, num_heads, head_dim).
+        key: (total_k, num_kv_heads, head_dim).
+        value: (total_k, num_kv_heads, head_dim_v).
+        cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,), where each sequence begins; the last entry is the total.
+        max_seqlen_q, max_seqlen_k: lengths that no sequence exceeds.
+
+    The other arguments are those of :func:`attention`, for each sequence by itself.
+
+    Returns:
+        (total_q, num_heads, head_dim_v); with ``return_lse`` also lse, float32 (num_heads, total_q).
+
+    Raises:
+        ValueError, TypeError, UnsupportedError: as :func:`attention`.
+    """
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if not isinstance(cu, Tensor):
+            raise TypeError(f"{name} is of type {type(cu).__name__}; allowed: an int32 torch.Tensor (batch + 1,)")
+    options = options_of(
+        causal, window_size, softmax_scale, softcap, dropout_p, deterministic, backend, max_seqlen_q, max_seqlen_k
+    )
+    operands = Operands(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, None, None, None, alibi_slopes, sinks, None
+    )
+    out, lse = run(operands, options, return_lse)
+    return (out, lse) if return_lse else out  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a call would do: the back end, its path in words, and for each other back end the reason why not."""
+
+    backend: str | None
+    path: str
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.backend or 'none'}: {self.path}"]
+        return "\n".join(lines + [f"not {name}: {reason}" for name, reason in self.reasons.items()])
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    seqlens_k: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    return_lse: bool = False,
+    **options: Any,
+) -> Explanation:
+    """Which back end and path :func:`attention` (or, with ``cu_seqlens_*``, :func:`attention_varlen`) would take.
+
+    Takes the arguments of those functions and runs nothing.
+
+    Returns:
+        an :class:`Explanation`; ``backend`` is None if the back end asked for by name cannot do it.
+
+    Raises:
+        ValueError, TypeError: as :func:`attention`.
+    """
+    del return_lse  # makes no difference to the choice
+    operands = Operands(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, seqlens_k, key_padding_mask, _four_dims(bias), alibi_slopes, sinks
+    )
+    spec = make_spec(operands, parse_options(**options))
+    answers = reasons(spec)
+    try:
+        chosen = select_backend(spec)
+    except UnsupportedError as error:
+        return Explanation(None, str(error), {name: reason for name, reason in answers.items() if reason is not None})
+    others = {
+        name: reason or f"it could, but {chosen.name} comes first" if spec.options.backend == "auto" else reason
+        or f"it could, but backend={chosen.name!r} was asked for"
+        for name, reason in answers.items()
+        if name != chosen.name
+    }
+    return Explanation(chosen.name, REGISTRY[chosen.name].path(spec), others)

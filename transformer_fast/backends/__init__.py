@@ -1,0 +1,57 @@
+"""The registry: which back ends there are, which can do a spec, and why the others cannot.
+
+The package is callable: ``transformer_fast.backends()`` says what this machine has.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+
+from ..spec import AttentionSpec, UnsupportedError
+from .base import Backend, Gradients, Info
+from .cpu import CpuBackend
+from .reference import ReferenceBackend
+
+__all__ = ["Backend", "Gradients", "Info", "REGISTRY", "reasons", "select_backend"]
+
+#: In the order in which "auto" asks them.
+REGISTRY: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), ReferenceBackend())}
+
+
+def reasons(spec: AttentionSpec) -> dict[str, str | None]:
+    """For each back end None if it can do the spec, else the reason why not."""
+    answers = {}
+    for name, backend in REGISTRY.items():
+        info = backend.info()
+        answers[name] = backend.supports(spec) if info.available else info.reason
+    return answers
+
+
+def select_backend(spec: AttentionSpec) -> Backend:
+    """The back end the spec names, or for "auto" the first that can do it.
+
+    Raises:
+        UnsupportedError: a back end asked for by name cannot do the problem.
+    """
+    asked, answers = spec.options.backend, reasons(spec)
+    if asked != "auto":
+        if answers[asked] is not None:
+            raise UnsupportedError(f"backend {asked!r} cannot do this: {answers[asked]}")
+        return REGISTRY[asked]
+    return next(REGISTRY[name] for name, reason in answers.items() if reason is None)
+
+
+def backends() -> dict[str, Info]:
+    """What this machine has: for each back end its version, or the reason why it is not available."""
+    return {name: backend.info() for name, backend in REGISTRY.items()}
+
+
+class _CallablePackage(types.ModuleType):
+    """So that ``transformer_fast.backends`` is both this package and the public function."""
+
+    def __call__(self) -> dict[str, Info]:
+        return backends()
+
+
+sys.modules[__name__].__class__ = _CallablePackage

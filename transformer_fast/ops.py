@@ -1,0 +1,305 @@
+"""The road every call takes: one forward op, one backward op, and what PyTorch wants to know about them.
+
+Eager calls go straight to the back end, since dispatch through ``torch.library`` costs more than a small attention.
+Whatever traces or transforms (``torch.compile``, export, fake tensors, ``torch.func``, dispatch modes) goes
+through the ops ``transformer_fast::attention`` and ``transformer_fast::attention_backward``, which do the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .backends import Backend, select_backend
+from .spec import AttentionSpec, Operands, Options, UnsupportedError, check, make_spec
+
+_NUM_OPERANDS, _NUM_OPTIONS = len(Operands._fields), len(Options._fields)
+_BIAS, _SINKS = Operands._fields.index("bias"), Operands._fields.index("sinks")
+
+_plans: dict[tuple, tuple[AttentionSpec, Backend]] = {}
+_MAX_PLANS = 4096
+
+
+def plan(operands: Operands, options: Options) -> tuple[AttentionSpec, Backend]:
+    """The spec and the back end of a problem; remembered, so that the checks run once per shape and options."""
+    grad = torch.is_grad_enabled() and operands.alibi_slopes is not None and operands.alibi_slopes.requires_grad
+    key = (options, grad, *[t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in operands])
+    found = _plans.get(key)
+    if found is None:
+        spec = make_spec(operands, options)
+        found = (spec, select_backend(spec))
+        if len(_plans) >= _MAX_PLANS:  # ever-changing shapes must not grow memory without end
+            _plans.clear()
+        _plans[key] = found
+    return found
+
+
+def new_output(query: Tensor, head_dim_v: int) -> Tensor:
+    """An uninitialised output in the memory order of the query: a (b, s, h, d) model gets (b, s, h, d) back."""
+    if query.dim() == 3:
+        return query.new_empty(*query.shape[:2], head_dim_v)
+    batch, num_heads, seqlen_q, head_dim = query.shape
+    if query.stride(1) < query.stride(2):
+        return query.new_empty(batch, seqlen_q, num_heads, head_dim_v).transpose(1, 2)
+    return query.new_empty(batch, num_heads, seqlen_q, head_dim_v)
+
+
+# ------------------------------------------------------------------------------------------------------- eager
+
+
+class _Attention(torch.autograd.Function):
+    """Gradients in eager mode (an autograd.Function costs a quarter of register_autograd per call)."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: AttentionSpec, backend: Backend, *operands: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, lse = backend.forward(Operands(*operands), spec, need_lse=True)  # type: ignore[arg-type]
+        assert lse is not None
+        ctx.save_for_backward(*operands, out, lse)
+        ctx.spec, ctx.backend = spec, backend
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        operands = Operands(*tensors)
+        needs = ctx.needs_input_grad[2:]
+        if dout is None:
+            dout = torch.zeros_like(out)
+        grads = ctx.backend.backward(operands, ctx.spec, out, lse, dout, dlse, (needs[_BIAS], needs[_SINKS]))
+        return None, None, *_by_operand(grads, needs)
+
+
+def _by_operand(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients of (query, key, value, bias, sinks) -> one entry an operand, None where it takes no gradient."""
+    result: list[Tensor | None] = [None] * _NUM_OPERANDS
+    for place, grad in zip((0, 1, 2, _BIAS, _SINKS), grads, strict=True):
+        result[place] = grad if needs[place] else None
+    return result
+
+
+def _is_traced(operands: Operands) -> bool:
+    """Is somebody watching who must see an op: a compiler, a tracer, a mode, a transform, a tensor subclass?"""
+    return (
+        torch.compiler.is_compiling()
+        or any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in operands)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.jit.is_tracing()
+    )
+
+
+def autocast_operands(operands: Operands) -> Operands:
+    """Query, key and value in the autocast dtype. Bias, slopes and sinks keep theirs: they are added in float32."""
+    device_type = operands.query.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return operands
+    dtype = torch.get_autocast_dtype(device_type)
+    cast = {
+        name: tensor.to(dtype)
+        for name, tensor in zip(("query", "key", "value"), operands[:3], strict=True)
+        if tensor.is_floating_point() and tensor.dtype not in (dtype, torch.float64)
+    }
+    operands = operands._replace(**cast)
+    for name in ("bias", "sinks"):  # these may be float32 or the query's dtype, whatever the query has become
+        tensor = getattr(operands, name)
+        if tensor is not None and tensor.is_floating_point() and tensor.dtype not in (dtype, torch.float32):
+            operands = operands._replace(**{name: tensor.to(torch.float32)})
+    return operands
+
+
+def run(operands: Operands, options: Options, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """One attention problem from operands and options: the one place where the ways part."""
+    if not all(isinstance(t, Tensor) for t in operands[:3]):
+        check(operands, options)  # raises, naming the argument
+    operands = autocast_operands(operands)
+    if options.dropout_p > 0.0:
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=operands.query.device)
+        operands = operands._replace(rng_seed=seed)
+    if _is_traced(operands):
+        return attention_op(*operands, *options)
+    spec, backend = plan(operands, options)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+        if backend.name == "reference":  # plain PyTorch: its own autograd gives derivatives of any order
+            return backend.forward(operands, spec, need_lse=need_lse)
+        return _Attention.apply(spec, backend, *operands)
+    return backend.forward(operands, spec, need_lse=need_lse)
+
+
+# --------------------------------------------------------------------------------------------------- torch.library
+
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqlens_k, "
+    "Tensor? key_padding_mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? rng_seed, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, float? softmax_scale, SymInt window_left, SymInt window_right, "
+    "float? softcap, float dropout_p, bool deterministic, str backend"
+)
+
+
+def _split(args: Sequence[Any]) -> tuple[Operands, Options, tuple[Any, ...]]:
+    """Op arguments -> operands, options, and what the backward op has beyond them."""
+    both = _NUM_OPERANDS + _NUM_OPTIONS
+    return Operands(*args[:_NUM_OPERANDS]), Options(*args[_NUM_OPERANDS:both]), tuple(args[both:])
+
+
+def _like(expected: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor with the strides that the fake rule promised."""
+    return tensor if tensor.stride() == expected.stride() else expected.copy_(tensor)
+
+
+@torch.library.custom_op(
+    "transformer_fast::attention", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor out, Tensor lse)"
+)
+def attention_op(*args: Any) -> tuple[Tensor, Tensor]:
+    """The forward op: ``Operands`` then ``Options``, in their order, to ``(out, lse)``."""
+    operands, options, _ = _split(args)
+    spec, backend = plan(operands, options)
+    with torch.no_grad():
+        out, lse = backend.forward(operands, spec, need_lse=True)
+    assert lse is not None
+    return _like(new_output(operands.query, spec.head_dim_v), out), lse.contiguous()
+
+
+@attention_op.register_fake
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    operands, options, _ = _split(args)
+    check(operands, options)
+    query = operands.query
+    lse_shape = query.shape[:3] if query.dim() == 4 else (query.shape[1], query.shape[0])
+    lse = query.new_empty(lse_shape, dtype=torch.promote_types(query.dtype, torch.float32))
+    return new_output(query, operands.value.shape[-1]), lse
+
+
+@torch.library.custom_op(
+    "transformer_fast::attention_backward",
+    mutates_args=(),
+    schema=f"({_ARGUMENTS}, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, bool need_dbias, bool need_dsinks)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
+)
+def attention_backward_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The backward op; dbias and dsinks are empty where not asked for (an op cannot return None)."""
+    operands, options, (out, lse, dout, dlse, need_dbias, need_dsinks) = _split(args)
+    spec, backend = plan(operands, options)
+    with torch.no_grad():
+        grads = backend.backward(operands, spec, out, lse, dout, dlse, (need_dbias, need_dsinks))
+    results = []
+    for grad, promised in zip(grads, _fake_gradients(operands, need_dbias, need_dsinks), strict=True):
+        results.append(promised if grad is None or promised.numel() == 0 else _like(promised, grad))
+    return tuple(results)  # type: ignore[return-value]
+
+
+def _fake_gradients(operands: Operands, need_dbias: bool, need_dsinks: bool) -> list[Tensor]:
+    query, bias, sinks = operands.query, operands.bias, operands.sinks
+    grads = [torch.empty_like(t) for t in operands[:3]]
+    grads.append(torch.empty_like(bias) if need_dbias and bias is not None else query.new_empty(0))
+    grads.append(torch.empty_like(sinks) if need_dsinks and sinks is not None else query.new_empty(0))
+    return grads
+
+
+@attention_backward_op.register_fake
+def _(*args: Any) -> tuple[Tensor, ...]:
+    operands, _, (_, _, _, _, need_dbias, need_dsinks) = _split(args)
+    return tuple(_fake_gradients(operands, need_dbias, need_dsinks))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:_NUM_OPERANDS], *output)
+    ctx.options = inputs[_NUM_OPERANDS:]
+    ctx.set_materialize_grads(False)
+
+
+def _op_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    *tensors, out, lse = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    if dout is None:
+        dout = torch.zeros_like(out)
+    grads = attention_backward_op(*tensors, *ctx.options, out, lse, dout, dlse, bool(needs[_BIAS]), bool(needs[_SINKS]))
+    return (*_by_operand(grads, needs), *[None] * _NUM_OPTIONS)
+
+
+attention_op.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+def _register_autocast(device_type: str) -> None:
+    """Autocast for callers of the op itself; ``attention()`` has cast before it comes here."""
+    key = f"Autocast{device_type.upper()}"
+    keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def kernel(*args: Any) -> tuple[Tensor, Tensor]:
+        operands, options, _ = _split(args)
+        operands = autocast_operands(operands)
+        with torch._C._ExcludeDispatchKeyGuard(keyset):
+            return attention_op(*operands, *options)
+
+    _library.impl("attention", kernel, key)
+
+
+_library = torch.library.Library("transformer_fast", "FRAGMENT")
+_register_autocast("cpu")
+_register_autocast("cuda")
+
+
+# ------------------------------------------------------------------------------------------------------------ vmap
+
+
+def _fold(tensor: Tensor | None, in_dim: int | None, size: int) -> Tensor | None:
+    """The mapped dimension goes to the front and into the batch: (v, batch, ...) -> (v * batch, ...)."""
+    if tensor is None:
+        return None
+    tensor = tensor.unsqueeze(0).expand(size, *tensor.shape) if in_dim is None else tensor.movedim(in_dim, 0)
+    return tensor.flatten(0, 1)
+
+
+def _fold_operands(info: Any, in_dims: Sequence[int | None], operands: Operands) -> Operands:
+    dims = dict(zip(Operands._fields, in_dims, strict=False))
+    if operands.cu_seqlens_q is not None:
+        raise UnsupportedError("torch.func.vmap over attention_varlen is not supported; put the sequences in cu_seqlens")
+    for name in ("sinks", "rng_seed"):
+        if dims[name] is not None:
+            raise UnsupportedError(f"torch.func.vmap over {name} is not supported; only tensors with a batch can be mapped")
+    if operands.rng_seed is not None:
+        raise UnsupportedError("torch.func.vmap with dropout_p > 0 is not supported: its randomness rules cannot be kept")
+    batch = operands.query.shape[1 if dims["query"] == 0 else 0]
+    folded: dict[str, Tensor | None] = {}
+    for name in ("query", "key", "value", "seqlens_k", "key_padding_mask"):
+        folded[name] = _fold(getattr(operands, name), dims[name], info.batch_size)
+    for name, one in (("bias", 4), ("alibi_slopes", 2)):
+        tensor = getattr(operands, name)
+        if tensor is None:
+            continue
+        shared = dims[name] is None and (tensor.dim() < one or tensor.shape[0] == 1)
+        if shared:
+            continue  # the same for every entry: broadcasts over the folded batch as it is
+        if tensor.dim() - (dims[name] is not None) < one:  # slopes (num_heads,), mapped
+            tensor = tensor.movedim(dims[name], 0).unsqueeze(1)
+            folded[name] = _fold(tensor.expand(-1, batch, -1), 0, info.batch_size)
+            continue
+        lead = tensor.movedim(dims[name], 0) if dims[name] is not None else tensor[None]
+        folded[name] = lead.expand(info.batch_size, batch, *lead.shape[2:]).flatten(0, 1)
+    return operands._replace(**folded)
+
+
+@attention_op.register_vmap
+def _(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    operands, options, _ = _split(args)
+    out, lse = attention_op(*_fold_operands(info, in_dims, operands), *options)
+    return (out.unflatten(0, (info.batch_size, -1)), lse.unflatten(0, (info.batch_size, -1))), (0, 0)
+
+
+@attention_backward_op.register_vmap
+def _(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    operands, options, (out, lse, dout, dlse, need_dbias, need_dsinks) = _split(args)
+    if need_dbias or need_dsinks:
+        raise UnsupportedError("torch.func.vmap of the gradient of bias or sinks is not supported; map over a loop")
+    extra_dims = in_dims[_NUM_OPERANDS + _NUM_OPTIONS :]
+    extras = [_fold(t, d, info.batch_size) for t, d in zip((out, lse, dout, dlse), extra_dims, strict=False)]
+    folded = _fold_operands(info, in_dims, operands)
+    dq, dk, dv, dbias, dsinks = attention_backward_op(*folded, *options, *extras, False, False)
+    grads = tuple(g.unflatten(0, (info.batch_size, -1)) for g in (dq, dk, dv))
+    return (*grads, dbias, dsinks), (0, 0, 0, None, None)
+

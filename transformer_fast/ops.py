@@ -14,38 +14,29 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backends import Backend, select_backend
-from .spec import AttentionSpec, Operands, Options, UnsupportedError, check, make_spec
+from .backends import Results, Runner, select_backend
+from .layout import new_output
+from .spec import Operands, Options, UnsupportedError, check, make_spec
 
 _NUM_OPERANDS, _NUM_OPTIONS = len(Operands._fields), len(Options._fields)
 _BIAS, _SINKS = Operands._fields.index("bias"), Operands._fields.index("sinks")
 
-_plans: dict[tuple, tuple[AttentionSpec, Backend]] = {}
-_MAX_PLANS = 4096
+_runners: dict[tuple[Any, ...], Runner] = {}
+_MAX_RUNNERS = 4096
 
 
-def plan(operands: Operands, options: Options) -> tuple[AttentionSpec, Backend]:
-    """The spec and the back end of a problem; remembered, so that the checks run once per shape and options."""
+def runner_for(operands: Operands, options: Options) -> Runner:
+    """The back end made ready for a problem; remembered, so that the checks run once per shape and options."""
     grad = torch.is_grad_enabled() and operands.alibi_slopes is not None and operands.alibi_slopes.requires_grad
     key = (options, grad, *[t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in operands])
-    found = _plans.get(key)
+    found = _runners.get(key)
     if found is None:
         spec = make_spec(operands, options)
-        found = (spec, select_backend(spec))
-        if len(_plans) >= _MAX_PLANS:  # ever-changing shapes must not grow memory without end
-            _plans.clear()
-        _plans[key] = found
+        found = select_backend(spec).prepare(spec)
+        if len(_runners) >= _MAX_RUNNERS:  # ever-changing shapes must not grow memory without end
+            _runners.clear()
+        _runners[key] = found
     return found
-
-
-def new_output(query: Tensor, head_dim_v: int) -> Tensor:
-    """An uninitialised output in the memory order of the query: a (b, s, h, d) model gets (b, s, h, d) back."""
-    if query.dim() == 3:
-        return query.new_empty(*query.shape[:2], head_dim_v)
-    batch, num_heads, seqlen_q, head_dim = query.shape
-    if query.stride(1) < query.stride(2):
-        return query.new_empty(batch, seqlen_q, num_heads, head_dim_v).transpose(1, 2)
-    return query.new_empty(batch, num_heads, seqlen_q, head_dim_v)
 
 
 # ------------------------------------------------------------------------------------------------------- eager
@@ -55,24 +46,24 @@ class _Attention(torch.autograd.Function):
     """Gradients in eager mode (an autograd.Function costs a quarter of register_autograd per call)."""
 
     @staticmethod
-    def forward(ctx: Any, spec: AttentionSpec, backend: Backend, *operands: Tensor | None) -> tuple[Tensor, Tensor]:
-        out, lse = backend.forward(Operands(*operands), spec, need_lse=True)  # type: ignore[arg-type]
-        assert lse is not None
-        ctx.save_for_backward(*operands, out, lse)
-        ctx.spec, ctx.backend = spec, backend
+    def forward(ctx: Any, runner: Runner, *operands: Tensor | None) -> tuple[Tensor, Tensor]:
+        results = runner.forward(Operands(*operands), need_lse=True, need_stats=True)  # type: ignore[arg-type]
+        assert results.lse is not None
+        ctx.save_for_backward(*operands, *results)
+        ctx.runner = runner
         ctx.set_materialize_grads(False)
-        return out, lse
+        return results.out, results.lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        *tensors, out, lse = ctx.saved_tensors
-        operands = Operands(*tensors)
-        needs = ctx.needs_input_grad[2:]
+        saved = ctx.saved_tensors
+        operands, results = Operands(*saved[:_NUM_OPERANDS]), Results(*saved[_NUM_OPERANDS:])
+        needs = ctx.needs_input_grad[1:]
         if dout is None:
-            dout = torch.zeros_like(out)
-        grads = ctx.backend.backward(operands, ctx.spec, out, lse, dout, dlse, (needs[_BIAS], needs[_SINKS]))
-        return None, None, *_by_operand(grads, needs)
+            dout = torch.zeros_like(results.out)
+        grads = ctx.runner.backward(operands, results, dout, dlse, dbias=needs[_BIAS], dsinks=needs[_SINKS])
+        return None, *_by_operand(grads, needs)
 
 
 def _by_operand(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -122,13 +113,12 @@ def run(operands: Operands, options: Options, need_lse: bool) -> tuple[Tensor, T
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=operands.query.device)
         operands = operands._replace(rng_seed=seed)
     if _is_traced(operands):
-        return attention_op(*operands, *options)
-    spec, backend = plan(operands, options)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
-        if backend.name == "reference":  # plain PyTorch: its own autograd gives derivatives of any order
-            return backend.forward(operands, spec, need_lse=need_lse)
-        return _Attention.apply(spec, backend, *operands)
-    return backend.forward(operands, spec, need_lse=need_lse)
+        return attention_op(*operands, *options)[:2]
+    runner = runner_for(operands, options)
+    if torch.is_grad_enabled() and not runner.is_differentiable:
+        if any(t is not None and t.requires_grad for t in operands):
+            return _Attention.apply(runner, *operands)  # type: ignore[no-any-return]
+    return runner.forward(operands, need_lse=need_lse, need_stats=False)[:2]
 
 
 # --------------------------------------------------------------------------------------------------- torch.library
@@ -153,44 +143,46 @@ def _like(expected: Tensor, tensor: Tensor) -> Tensor:
 
 
 @torch.library.custom_op(
-    "transformer_fast::attention", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor out, Tensor lse)"
+    "transformer_fast::attention", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor out, Tensor lse, Tensor stats)"
 )
-def attention_op(*args: Any) -> tuple[Tensor, Tensor]:
-    """The forward op: ``Operands`` then ``Options``, in their order, to ``(out, lse)``."""
+def attention_op(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward op: ``Operands`` then ``Options``, in their order, to ``Results``."""
     operands, options, _ = _split(args)
-    spec, backend = plan(operands, options)
     with torch.no_grad():
-        out, lse = backend.forward(operands, spec, need_lse=True)
-    assert lse is not None
-    return _like(new_output(operands.query, spec.head_dim_v), out), lse.contiguous()
+        out, lse, stats = runner_for(operands, options).forward(operands, need_lse=True, need_stats=True)
+    assert lse is not None and stats is not None
+    return _like(new_output(operands.query, out.shape[-1]), out), lse.contiguous(), stats
 
 
 @attention_op.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor]:
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     operands, options, _ = _split(args)
     check(operands, options)
     query = operands.query
     lse_shape = query.shape[:3] if query.dim() == 4 else (query.shape[1], query.shape[0])
     lse = query.new_empty(lse_shape, dtype=torch.promote_types(query.dtype, torch.float32))
-    return new_output(query, operands.value.shape[-1]), lse
+    stats = query.new_empty((2, *lse_shape), dtype=torch.float32)
+    return new_output(query, operands.value.shape[-1]), lse, stats
 
 
 @torch.library.custom_op(
     "transformer_fast::attention_backward",
     mutates_args=(),
-    schema=f"({_ARGUMENTS}, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, bool need_dbias, bool need_dsinks)"
+    schema=f"({_ARGUMENTS}, Tensor out, Tensor lse, Tensor stats, Tensor dout, Tensor? dlse, bool dbias, bool dsinks)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
 )
-def attention_backward_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def attention_backward_op(*args: Any) -> tuple[Tensor, ...]:
     """The backward op; dbias and dsinks are empty where not asked for (an op cannot return None)."""
-    operands, options, (out, lse, dout, dlse, need_dbias, need_dsinks) = _split(args)
-    spec, backend = plan(operands, options)
+    operands, options, (out, lse, stats, dout, dlse, dbias, dsinks) = _split(args)
     with torch.no_grad():
-        grads = backend.backward(operands, spec, out, lse, dout, dlse, (need_dbias, need_dsinks))
-    results = []
-    for grad, promised in zip(grads, _fake_gradients(operands, need_dbias, need_dsinks), strict=True):
-        results.append(promised if grad is None or promised.numel() == 0 else _like(promised, grad))
-    return tuple(results)  # type: ignore[return-value]
+        grads = runner_for(operands, options).backward(
+            operands, Results(out, lse, stats), dout, dlse, dbias=dbias, dsinks=dsinks
+        )
+    promises = _fake_gradients(operands, dbias, dsinks)
+    return tuple(
+        promise if grad is None or promise.numel() == 0 else _like(promise, grad)
+        for grad, promise in zip(grads, promises, strict=True)
+    )
 
 
 def _fake_gradients(operands: Operands, need_dbias: bool, need_dsinks: bool) -> list[Tensor]:
@@ -203,22 +195,23 @@ def _fake_gradients(operands: Operands, need_dbias: bool, need_dsinks: bool) -> 
 
 @attention_backward_op.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
-    operands, _, (_, _, _, _, need_dbias, need_dsinks) = _split(args)
-    return tuple(_fake_gradients(operands, need_dbias, need_dsinks))
+    operands, _, (*_, dbias, dsinks) = _split(args)
+    return tuple(_fake_gradients(operands, dbias, dsinks))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:_NUM_OPERANDS], *output)
     ctx.options = inputs[_NUM_OPERANDS:]
     ctx.set_materialize_grads(False)
 
 
-def _op_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    *tensors, out, lse = ctx.saved_tensors
+def _op_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _dstats: None) -> tuple[Any, ...]:
+    *tensors, out, lse, stats = ctx.saved_tensors
     needs = ctx.needs_input_grad
     if dout is None:
         dout = torch.zeros_like(out)
-    grads = attention_backward_op(*tensors, *ctx.options, out, lse, dout, dlse, bool(needs[_BIAS]), bool(needs[_SINKS]))
+    wanted = (bool(needs[_BIAS]), bool(needs[_SINKS]))
+    grads = attention_backward_op(*tensors, *ctx.options, out, lse, stats, dout, dlse, *wanted)
     return (*_by_operand(grads, needs), *[None] * _NUM_OPTIONS)
 
 
@@ -230,7 +223,7 @@ def _register_autocast(device_type: str) -> None:
     key = f"Autocast{device_type.upper()}"
     keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def kernel(*args: Any) -> tuple[Tensor, Tensor]:
+    def kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         operands, options, _ = _split(args)
         operands = autocast_operands(operands)
         with torch._C._ExcludeDispatchKeyGuard(keyset):
@@ -284,22 +277,36 @@ def _fold_operands(info: Any, in_dims: Sequence[int | None], operands: Operands)
     return operands._replace(**folded)
 
 
+def _fold_stats(stats: Tensor, in_dim: int | None, size: int) -> Tensor:
+    """(v, 2, batch, ...) -> (2, v * batch, ...): the planes stay in front."""
+    stats = stats.unsqueeze(0).expand(size, *stats.shape) if in_dim is None else stats.movedim(in_dim, 0)
+    return stats.transpose(0, 1).flatten(1, 2)
+
+
 @attention_op.register_vmap
-def _(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+def _(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int]]:
     operands, options, _ = _split(args)
-    out, lse = attention_op(*_fold_operands(info, in_dims, operands), *options)
-    return (out.unflatten(0, (info.batch_size, -1)), lse.unflatten(0, (info.batch_size, -1))), (0, 0)
+    out, lse, stats = attention_op(*_fold_operands(info, in_dims, operands), *options)
+    size = (info.batch_size, -1)
+    return (out.unflatten(0, size), lse.unflatten(0, size), stats.unflatten(1, size)), (0, 0, 1)
 
 
 @attention_backward_op.register_vmap
 def _(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    operands, options, (out, lse, dout, dlse, need_dbias, need_dsinks) = _split(args)
-    if need_dbias or need_dsinks:
+    operands, options, (out, lse, stats, dout, dlse, dbias, dsinks) = _split(args)
+    if dbias or dsinks:
         raise UnsupportedError("torch.func.vmap of the gradient of bias or sinks is not supported; map over a loop")
-    extra_dims = in_dims[_NUM_OPERANDS + _NUM_OPTIONS :]
-    extras = [_fold(t, d, info.batch_size) for t, d in zip((out, lse, dout, dlse), extra_dims, strict=False)]
-    folded = _fold_operands(info, in_dims, operands)
-    dq, dk, dv, dbias, dsinks = attention_backward_op(*folded, *options, *extras, False, False)
-    grads = tuple(g.unflatten(0, (info.batch_size, -1)) for g in (dq, dk, dv))
-    return (*grads, dbias, dsinks), (0, 0, 0, None, None)
-
+    out_dim, lse_dim, stats_dim, dout_dim, dlse_dim = in_dims[_NUM_OPERANDS + _NUM_OPTIONS :][:5]
+    size = info.batch_size
+    grads = attention_backward_op(
+        *_fold_operands(info, in_dims, operands),
+        *options,
+        _fold(out, out_dim, size),
+        _fold(lse, lse_dim, size),
+        _fold_stats(stats, stats_dim, size),
+        _fold(dout, dout_dim, size),
+        _fold(dlse, dlse_dim, size),
+        False,
+        False,
+    )
+    return (*(g.unflatten(0, (size, -1)) for g in grads[:3]), *grads[3:]), (0, 0, 0, None, None)

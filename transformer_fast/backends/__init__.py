@@ -9,11 +9,11 @@ import sys
 import types
 
 from ..spec import AttentionSpec, UnsupportedError
-from .base import Backend, Gradients, Info
+from .base import Backend, Gradients, Info, Results, Runner
 from .cpu import CpuBackend
 from .reference import ReferenceBackend
 
-__all__ = ["Backend", "Gradients", "Info", "REGISTRY", "reasons", "select_backend"]
+__all__ = ["Backend", "Gradients", "Info", "REGISTRY", "Results", "Runner", "reasons", "select_backend"]
 
 #: In the order in which "auto" asks them.
 REGISTRY: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), ReferenceBackend())}

@@ -22,6 +22,18 @@ class Info:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+class Results(NamedTuple):
+    """What forward gives; lse and stats may be None where they were not asked for.
+
+    ``stats`` is for the same back end's backward: float32 (2, *lse.shape), each row's maximum in base 2 and the
+    inverse of its sum. The natural-log lse alone would cost float32 gradients some of their accuracy.
+    """
+
+    out: Tensor
+    lse: Tensor | None
+    stats: Tensor | None
+
+
 class Gradients(NamedTuple):
     """Gradients in the shapes and dtypes of their operands; None where the operand is absent or not asked for."""
 
@@ -32,8 +44,28 @@ class Gradients(NamedTuple):
     sinks: Tensor | None
 
 
+class Runner(ABC):
+    """A back end made ready for one spec: fills the kernel's struct from operands and launches it."""
+
+    #: Does autograd differentiate ``forward`` itself (eager PyTorch), to any order?
+    is_differentiable = False
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        self.spec = spec
+
+    @abstractmethod
+    def forward(self, operands: Operands, *, need_lse: bool, need_stats: bool) -> Results:
+        """The attention itself."""
+
+    @abstractmethod
+    def backward(
+        self, operands: Operands, results: Results, dout: Tensor, dlse: Tensor | None, *, dbias: bool, dsinks: bool
+    ) -> Gradients:
+        """Gradients of query, key and value, and of bias and sinks where asked for."""
+
+
 class Backend(ABC):
-    """One adapter: fills the kernel's struct from operands and spec."""
+    """One adapter."""
 
     name: str
 
@@ -50,12 +82,5 @@ class Backend(ABC):
         """In words, the kernel that would run; for ``explain``."""
 
     @abstractmethod
-    def forward(self, operands: Operands, spec: AttentionSpec, *, need_lse: bool) -> tuple[Tensor, Tensor | None]:
-        """``out``, and ``lse`` (may be None unless needed)."""
-
-    @abstractmethod
-    def backward(
-        self, operands: Operands, spec: AttentionSpec, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
-        needs: tuple[bool, bool],
-    ) -> Gradients:
-        """Gradients of query, key and value, and of (bias, sinks) where ``needs`` says so."""
+    def prepare(self, spec: AttentionSpec) -> Runner:
+        """Everything that depends on the spec alone, done once."""

@@ -7,9 +7,43 @@ from torch import Tensor
 
 from .. import reference
 from ..spec import AttentionSpec, Operands, check_values
-from .base import Backend, Gradients, Info
+from .base import Backend, Gradients, Info, Results, Runner
 
 DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
+
+
+class ReferenceRunner(Runner):
+    """Runs ``transformer_fast.reference``."""
+
+    is_differentiable = True
+
+    def forward(self, operands: Operands, *, need_lse: bool, need_stats: bool) -> Results:
+        check_values(operands, self.spec)
+        out, lse = reference.attention(operands, self.spec)
+        return Results(out, lse, lse.new_zeros((2, *lse.shape), dtype=torch.float32) if need_stats else None)
+
+    def backward(
+        self, operands: Operands, results: Results, dout: Tensor, dlse: Tensor | None, *, dbias: bool, dsinks: bool
+    ) -> Gradients:
+        """Gradients by autograd through the definition, computed again from the operands."""
+        leaves = {
+            name: tensor.detach().requires_grad_()
+            for name in DIFFERENTIABLE
+            if (tensor := getattr(operands, name)) is not None and tensor.is_floating_point()
+        }
+        with torch.enable_grad():
+            out, lse = reference.attention(operands._replace(**leaves), self.spec)
+        pairs = [(out, dout)] if dlse is None else [(out, dout), (lse, dlse)]
+        pairs = [(output, grad) for output, grad in pairs if output.requires_grad]
+        grads: dict[str, Tensor | None] = dict.fromkeys(DIFFERENTIABLE)
+        if pairs:
+            outputs, output_grads = zip(*pairs, strict=True)
+            values = torch.autograd.grad(outputs, list(leaves.values()), output_grads, allow_unused=True)
+            grads.update(zip(leaves, values, strict=True))
+        for name, leaf in leaves.items():
+            if grads[name] is None:
+                grads[name] = torch.zeros_like(leaf)
+        return Gradients(**grads)
 
 
 class ReferenceBackend(Backend):
@@ -26,33 +60,5 @@ class ReferenceBackend(Backend):
     def path(self, spec: AttentionSpec) -> str:
         return "eager PyTorch, the whole score matrix in memory"
 
-    def forward(self, operands: Operands, spec: AttentionSpec, *, need_lse: bool) -> tuple[Tensor, Tensor]:
-        check_values(operands, spec)
-        return reference.attention(operands, spec)
-
-    def backward(
-        self, operands: Operands, spec: AttentionSpec, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
-        needs: tuple[bool, bool],
-    ) -> Gradients:
-        """Gradients by autograd through the definition, computed again from the operands."""
-        leaves = {
-            name: tensor.detach().requires_grad_()
-            for name in DIFFERENTIABLE
-            if (tensor := getattr(operands, name)) is not None and tensor.is_floating_point()
-        }
-        with torch.enable_grad():
-            again, lse_again = reference.attention(operands._replace(**leaves), spec)
-        outputs, grads = [again], [dout]
-        if dlse is not None:
-            outputs, grads = [again, lse_again], [dout, dlse]
-        results: dict[str, Tensor | None] = dict.fromkeys(DIFFERENTIABLE)
-        if any(o.requires_grad for o in outputs):
-            keep = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
-            values = torch.autograd.grad(
-                [o for o, _ in keep], list(leaves.values()), [g for _, g in keep], allow_unused=True
-            )
-            results.update(zip(leaves, values, strict=True))
-        for name, leaf in leaves.items():
-            if results[name] is None:
-                results[name] = torch.zeros_like(leaf)
-        return Gradients(*(results[name] for name in DIFFERENTIABLE))
+    def prepare(self, spec: AttentionSpec) -> Runner:
+        return ReferenceRunner(spec)

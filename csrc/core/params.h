@@ -1,0 +1,119 @@
+// One attention problem as plain data: pointers, strides, sizes. Bindings fill it, kernels read it.
+#pragma once
+
+#include "mask.h"
+
+namespace tf {
+
+// A (batch, heads, rows, columns) operand with contiguous columns; strides in elements. Packed operands have a
+// batch stride of 0 and begin at their sequence's first row.
+struct Operand {
+    char* data = nullptr;
+    int64_t batch = 0, head = 0, row = 0;
+};
+
+struct Bias {
+    char* data = nullptr;  // also the gradient's layout: dbias is float32 of the same strides / shape
+    DType dtype = DType::f32;
+    int64_t batch = 0, head = 0, row = 0, key = 0;  // strides in elements, 0 where it broadcasts
+};
+
+// For each row of a dense boolean mask, the interval from its first to its last visible key, and whether every key
+// between is visible. Where all rows of a tile are solid, the mask itself is never read again.
+struct RowSummary {
+    const int32_t* lo = nullptr;
+    const int32_t* hi = nullptr;
+    const uint8_t* solid = nullptr;
+    int64_t batch = 0, head = 0, row = 0;  // strides, 0 where it broadcasts
+};
+
+struct Problem {
+    int64_t batch = 0, num_heads = 0, num_kv_heads = 0, group_size = 1;
+    int64_t seqlen_q = 0, seqlen_k = 0, total_q = 0, total_k = 0, head_dim = 0, head_dim_v = 0;
+    DType dtype = DType::f32;
+    float softmax_scale = 1.0f, softcap = 0.0f;  // softcap 0: none
+    double dropout_p = 0.0;
+    int64_t left = 0, right = 0;
+    bool packed = false;
+
+    Operand query, key, value, out, dout, dquery, dkey, dvalue;
+    float* lse = nullptr;    // natural logarithm; (batch, heads, rows) or packed (heads, total_q)
+    float* stats = nullptr;  // two planes of lse's shape: row maximum in base 2, and 1 / row sum
+    const float* dlse = nullptr;
+    float* delta = nullptr;  // lse's shape: rowsum(dout * out) - dlse, written by backward
+    float* dbias = nullptr;  // float32, contiguous in the bias's broadcast shape, zeroed by the caller
+    int64_t dbias_batch = 0, dbias_head = 0, dbias_row = 0, dbias_key = 0;
+
+    const int32_t* cu_seqlens_q = nullptr;
+    const int32_t* cu_seqlens_k = nullptr;
+    const int32_t* seqlens_k = nullptr;
+    int64_t seqlens_k_stride = 1;
+    const uint8_t* key_mask = nullptr;  // True = keep
+    int64_t key_mask_batch = 0, key_mask_key = 0;
+    Bias bias;
+    RowSummary summary;  // of a boolean bias
+    const float* alibi_slopes = nullptr;
+    int64_t alibi_batch = 0, alibi_head = 0;
+    const char* sinks = nullptr;
+    DType sinks_dtype = DType::f32;
+    int64_t sinks_stride = 1;
+    uint64_t seed = 0;
+    int num_threads = 1;
+
+    bool modifies_scores() const {
+        const bool dense_float = bias.data != nullptr && bias.dtype != DType::boolean;
+        return softcap != 0.0f || dense_float || alibi_slopes != nullptr || !(softmax_scale > 0.0f);
+    }
+    int64_t lse_index(int64_t b, int64_t head, int64_t first_row, int64_t row) const {
+        return packed ? head * total_q + first_row + row : (b * num_heads + head) * seqlen_q + row;
+    }
+};
+
+// One batch entry: where its rows and keys begin, how many there are, and its mask.
+struct Sequence {
+    int64_t index, first_query, len_q, first_key, len_k;
+    SequenceMask mask;
+    bool holes;  // the key padding mask hides keys inside [mask.start, mask.end)
+};
+
+// A tile of query rows of one (batch entry, KV head). The group's query heads are packed into the rows:
+// packed row r is position r / group_size of head kv_head * group_size + r % group_size.
+struct Tile {
+    int32_t sequence, kv_head;
+    int64_t first_row, rows;
+};
+
+// A chunk of keys for a few query rows (decoding): keys [begin, end).
+struct KeyChunk {
+    int32_t sequence, kv_head;
+    int64_t begin, end;
+    float* partial;  // per packed row: maximum (base 2), sum, head_dim_v values
+};
+
+// A run of query tiles that one task takes through the backward pass, with float32 accumulators for the keys
+// [key_begin, key_end) that the run can see.
+struct BackwardRun {
+    int32_t sequence, kv_head;
+    int64_t first_row, rows;
+    int64_t key_begin, key_end;
+    float* dkey;
+    float* dvalue;
+};
+
+// What one instruction set provides. Workspaces are in bytes, one for each thread, 64-byte aligned.
+struct Kernels {
+    const char* name;
+    int64_t tile_rows;    // query rows of a tile
+    int64_t lanes;        // floats in a vector: rows of accumulators are padded to it
+    int64_t decode_rows;  // up to so many packed rows are decoded with lanes along head_dim
+    int64_t (*forward_workspace)(const Problem&);
+    void (*forward)(const Problem&, const Sequence&, const Tile&, char* workspace);
+    int64_t (*decode_workspace)(const Problem&);
+    void (*decode)(const Problem&, const Sequence&, const KeyChunk&, char* workspace);
+    int64_t (*backward_workspace)(const Problem&);
+    void (*backward)(const Problem&, const Sequence&, const BackwardRun&, char* workspace);
+    void (*store_row)(DType, const float* source, int64_t count, float scale, char* target);
+    double (*peak_flops)(DType, int64_t repeats);  // floating-point operations done; the caller keeps time
+};
+
+}  // namespace tf

@@ -1,0 +1,335 @@
+#include "dispatch.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+
+namespace tf {
+
+namespace portable {
+extern const Kernels kKernels;
+}
+#if defined(TF_HAS_X86)
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+namespace avx512_bf16 {
+extern const Kernels kKernels;
+}
+#endif
+
+namespace {
+
+// ------------------------------------------------------------------------------------------------ instruction sets
+
+std::vector<const Kernels*> find_kernels() {
+    std::vector<const Kernels*> found;
+#if defined(TF_HAS_X86)
+    const bool has_avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (has_avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16::kKernels);
+    if (has_avx512) found.push_back(&avx512::kKernels);
+    if (has_avx2) found.push_back(&avx2::kKernels);
+#endif
+    found.push_back(&portable::kKernels);
+    return found;
+}
+
+const std::vector<const Kernels*>& all_kernels() {
+    static const std::vector<const Kernels*> found = find_kernels();
+    return found;
+}
+
+const Kernels* kernels_named(const std::string& name) {
+    std::string names;
+    for (const Kernels* kernels : all_kernels()) {
+        if (name == kernels->name) return kernels;
+        names += (names.empty() ? "" : ", ") + std::string(kernels->name);
+    }
+    throw std::invalid_argument("instruction set is '" + name + "'; allowed on this machine: " + names);
+}
+
+const Kernels*& chosen() {
+    static const Kernels* current = [] {
+        const char* forced = std::getenv("TRANSFORMER_FAST_CPU_ISA");
+        return forced && *forced ? kernels_named(forced) : all_kernels().front();
+    }();
+    return current;
+}
+
+// ------------------------------------------------------------------------------------------------------- scratch
+
+// Memory that a thread keeps between calls, so that a small problem does not pay for the allocator.
+class Scratch {
+   public:
+    char* get(int64_t bytes) {
+        if (bytes > size_) {
+            memory_.reset(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(round_up(bytes, 64)))));
+            if (!memory_) throw std::bad_alloc();
+            size_ = bytes;
+        }
+        return memory_.get();
+    }
+    // Large scratch is given back: it belongs to one unusual problem.
+    void trim() {
+        if (size_ > (int64_t{8} << 20)) {
+            memory_.reset();
+            size_ = 0;
+        }
+    }
+
+   private:
+    struct Free {
+        void operator()(char* p) const { std::free(p); }
+    };
+    std::unique_ptr<char, Free> memory_;
+    int64_t size_ = 0;
+};
+
+thread_local Scratch thread_scratch;
+
+// Runs fn(task, workspace) over the tasks, in order of their numbers, with up to num_threads threads. An exception
+// (only memory can run out) is carried out of the parallel region.
+template <class Fn>
+void run_tasks(int64_t count, int num_threads, int64_t workspace, Fn&& fn) {
+    const int threads = static_cast<int>(std::min<int64_t>(num_threads, count));
+    if (threads <= 1) {
+        char* memory = thread_scratch.get(workspace);
+        for (int64_t task = 0; task < count; ++task) fn(task, memory);
+        thread_scratch.trim();
+        return;
+    }
+    bool failed = false;
+#pragma omp parallel num_threads(threads)
+    {
+        char* memory = nullptr;
+        try {
+            memory = thread_scratch.get(workspace);
+        } catch (const std::bad_alloc&) {
+#pragma omp atomic write
+            failed = true;
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < count; ++task) {
+            if (memory != nullptr) fn(task, memory);
+        }
+        thread_scratch.trim();
+    }
+    if (failed) throw std::bad_alloc();
+}
+
+// -------------------------------------------------------------------------------------------------- problem setup
+
+void require(bool condition, const std::string& message) {
+    if (!condition) throw std::invalid_argument(message);
+}
+
+void check_cumulative(const char* name, const int32_t* cu, int64_t batch, int64_t total, int64_t longest) {
+    const std::string text(name);
+    require(cu[0] == 0, text + "[0] is " + std::to_string(cu[0]) + "; allowed: 0");
+    for (int64_t b = 0; b < batch; ++b) {
+        const int64_t length = static_cast<int64_t>(cu[b + 1]) - cu[b];
+        require(0 <= length && length <= longest,
+                text + "[" + std::to_string(b + 1) + "] - " + text + "[" + std::to_string(b) + "] is " +
+                    std::to_string(length) + "; allowed: 0 to " + std::to_string(longest) + " (max_seqlen_" + text.back() +
+                    ")");
+    }
+    require(cu[batch] == total, text + "[-1] is " + std::to_string(cu[batch]) + "; allowed: " + std::to_string(total) +
+                                    ", the packed length");
+}
+
+// Narrow [start, end) to the first and last kept key, and say whether keys between them are hidden.
+void apply_key_mask(const Problem& p, Sequence& s) {
+    const uint8_t* row = p.key_mask + s.index * p.key_mask_batch;
+    int64_t first = s.mask.start, last = s.mask.end;
+    while (first < last && !row[first * p.key_mask_key]) ++first;
+    while (last > first && !row[(last - 1) * p.key_mask_key]) --last;
+    s.mask.start = first;
+    s.mask.end = last;
+    for (int64_t j = first; j < last && !s.holes; ++j) s.holes = !row[j * p.key_mask_key];
+}
+
+std::vector<Sequence> make_sequences(const Problem& p) {
+    if (p.packed) {
+        check_cumulative("cu_seqlens_q", p.cu_seqlens_q, p.batch, p.total_q, p.seqlen_q);
+        check_cumulative("cu_seqlens_k", p.cu_seqlens_k, p.batch, p.total_k, p.seqlen_k);
+    }
+    std::vector<Sequence> sequences(static_cast<size_t>(p.batch));
+    for (int64_t b = 0; b < p.batch; ++b) {
+        Sequence& s = sequences[static_cast<size_t>(b)];
+        s.index = b;
+        s.first_query = p.packed ? p.cu_seqlens_q[b] : 0;
+        s.first_key = p.packed ? p.cu_seqlens_k[b] : 0;
+        s.len_q = p.packed ? p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b] : p.seqlen_q;
+        s.len_k = p.packed ? p.cu_seqlens_k[b + 1] - p.cu_seqlens_k[b] : p.seqlen_k;
+        if (p.seqlens_k != nullptr) {
+            s.len_k = p.seqlens_k[b * p.seqlens_k_stride];
+            require(0 <= s.len_k && s.len_k <= p.seqlen_k, "seqlens_k[" + std::to_string(b) + "] is " +
+                                                               std::to_string(s.len_k) + "; allowed: 0 to " +
+                                                               std::to_string(p.seqlen_k) + " (seqlen_k)");
+        }
+        s.mask = {0, s.len_k, s.len_k - s.len_q, p.left, p.right};
+        s.holes = false;
+        if (p.key_mask != nullptr) apply_key_mask(p, s);
+    }
+    return sequences;
+}
+
+// Reads a dense boolean mask once and keeps what the kernels need of it: an interval a row.
+class MaskSummary {
+   public:
+    explicit MaskSummary(Problem& p) {
+        if (p.bias.data == nullptr || p.bias.dtype != DType::boolean) return;
+        const int64_t batches = p.bias.batch ? p.batch : 1, heads = p.bias.head ? p.num_heads : 1;
+        const int64_t rows = p.bias.row ? p.seqlen_q : 1, count = batches * heads * rows;
+        lo_.resize(static_cast<size_t>(count));
+        hi_.resize(static_cast<size_t>(count));
+        solid_.resize(static_cast<size_t>(count));
+        run_tasks(ceil_div(count, 64), count * p.seqlen_k > 65536 ? p.num_threads : 1, 64, [&](int64_t task, char*) {
+            for (int64_t i = task * 64; i < std::min(count, task * 64 + 64); ++i) {
+                const int64_t b = i / (heads * rows), h = i / rows % heads, r = i % rows;
+                summarise(p, p.bias.data + b * p.bias.batch + h * p.bias.head + r * p.bias.row, static_cast<size_t>(i));
+            }
+        });
+        p.summary = {lo_.data(), hi_.data(), solid_.data(), p.bias.batch ? heads * rows : 0, p.bias.head ? rows : 0,
+                     p.bias.row ? 1 : 0};
+    }
+
+   private:
+    void summarise(const Problem& p, const char* row, size_t i) {
+        const int64_t keys = p.seqlen_k;
+        if (p.bias.key != 1) {  // broadcast (or strided) over the keys
+            int64_t first = 0, last = keys;
+            while (first < last && !row[first * p.bias.key]) ++first;
+            while (last > first && !row[(last - 1) * p.bias.key]) --last;
+            bool solid = true;
+            for (int64_t j = first; j < last && solid; ++j) solid = row[j * p.bias.key] != 0;
+            set(i, first, last, solid);
+            return;
+        }
+        const void* found = std::memchr(row, 1, static_cast<size_t>(keys));
+        if (found == nullptr) return set(i, 0, 0, true);
+        const int64_t first = static_cast<const char*>(found) - row;
+        const void* gap = std::memchr(row + first, 0, static_cast<size_t>(keys - first));
+        if (gap == nullptr) return set(i, first, keys, true);
+        const int64_t stop = static_cast<const char*>(gap) - row;
+        const void* more = std::memchr(row + stop, 1, static_cast<size_t>(keys - stop));
+        if (more == nullptr) return set(i, first, stop, true);
+        int64_t last = keys;
+        while (!row[last - 1]) --last;
+        set(i, first, last, false);
+    }
+
+    void set(size_t i, int64_t lo, int64_t hi, bool solid) {
+        lo_[i] = static_cast<int32_t>(lo);
+        hi_[i] = static_cast<int32_t>(hi);
+        solid_[i] = solid;
+    }
+
+    std::vector<int32_t> lo_, hi_;
+    std::vector<uint8_t> solid_;
+};
+
+// ------------------------------------------------------------------------------------------------------- schedule
+
+// Multiply-adds under which a problem stays on one thread: waking another costs some microseconds.
+constexpr int64_t kSerialWork = 400'000;
+
+int threads_for(const Problem& p, int64_t pairs) {
+    return pairs * (p.head_dim + p.head_dim_v) < kSerialWork ? 1 : p.num_threads;
+}
+
+// Pairs of a row and a key that rows [first, last] of one head visit, before dense masks.
+int64_t visited_pairs(const Sequence& s, int64_t first, int64_t last) {
+    const TileRange range = tile_range(s.mask, first, last);
+    return (last - first + 1) * (range.end - range.begin);
+}
+
+struct WeightedTile {
+    Tile tile;
+    int64_t pairs;
+};
+
+// Tiles of `rows` packed rows; heavy sequences first, and within a head its heavy tiles first, so that threads end
+// together and a head's keys stay in cache.
+std::vector<WeightedTile> make_tiles(const Problem& p, const std::vector<Sequence>& sequences, int64_t rows) {
+    std::vector<const Sequence*> order;
+    order.reserve(sequences.size());
+    for (const Sequence& s : sequences) order.push_back(&s);
+    if (p.packed || p.seqlens_k != nullptr || p.key_mask != nullptr) {
+        std::stable_sort(order.begin(), order.end(), [](const Sequence* a, const Sequence* b) {
+            return a->len_q * (a->mask.end - a->mask.start) > b->len_q * (b->mask.end - b->mask.start);
+        });
+    }
+    std::vector<WeightedTile> tiles, head;
+    for (const Sequence* s : order) {
+        const int64_t packed_rows = s->len_q * p.group_size;
+        head.clear();
+        for (int64_t r = 0; r < packed_rows; r += rows) {
+            const int64_t count = std::min(rows, packed_rows - r);
+            const int64_t pairs =
+                visited_pairs(*s, r / p.group_size, (r + count - 1) / p.group_size) * p.group_size;
+            head.push_back({{static_cast<int32_t>(s->index), 0, r, count}, pairs});
+        }
+        std::stable_sort(head.begin(), head.end(),
+                         [](const WeightedTile& a, const WeightedTile& b) { return a.pairs > b.pairs; });
+        for (int64_t h = 0; h < p.num_kv_heads; ++h) {
+            for (WeightedTile tile : head) {
+                tile.tile.kv_head = static_cast<int32_t>(h);
+                tiles.push_back(tile);
+            }
+        }
+    }
+    return tiles;
+}
+
+void forward_by_tiles(const Problem& p, const Kernels& kernels, const std::vector<Sequence>& sequences) {
+    const std::vector<WeightedTile> tiles = make_tiles(p, sequences, kernels.tile_rows);
+    int64_t pairs = 0;
+    for (const WeightedTile& tile : tiles) pairs += tile.pairs;
+    run_tasks(static_cast<int64_t>(tiles.size()), threads_for(p, pairs), kernels.forward_workspace(p),
+              [&](int64_t task, char* workspace) {
+                  const Tile& tile = tiles[static_cast<size_t>(task)].tile;
+                  kernels.forward(p, sequences[static_cast<size_t>(tile.sequence)], tile, workspace);
+              });
+}
+
+}  // namespace
+
+// --------------------------------------------------------------------------------------------------------- public
+
+std::vector<std::string> available_isas() {
+    std::vector<std::string> names;
+    for (const Kernels* kernels : all_kernels()) names.emplace_back(kernels->name);
+    return names;
+}
+
+const std::string& current_isa() {
+    static thread_local std::string name;
+    return name = chosen()->name;
+}
+
+void force_isa(const std::string& name) { chosen() = kernels_named(name); }
+
+void attention_forward(const Problem& problem) {
+    Problem p = problem;
+    const MaskSummary summary(p);
+    const std::vector<Sequence> sequences = make_sequences(p);
+    forward_by_tiles(p, *chosen(), sequences);
+}
+
+void attention_backward(const Problem&) {}
+bool takes_decode_path(const Problem&) { return false; }
+double measure_peak(DType, int) { return 0; }
+
+}  // namespace tf

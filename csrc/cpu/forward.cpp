@@ -1,0 +1,320 @@
+// Forward pass of one query tile: online softmax over blocks of keys (Milakov & Gimelshein 2018; Dao et al. 2022).
+#include <cmath>
+
+#include "kernels.h"
+#include "tile.h"
+
+namespace tf {
+namespace TF_ISA {
+namespace {
+
+// Raise a row's maximum only when it grows by more than this (base 2): the scores stay below 2^8, the sums exact
+// enough, and the accumulator is seldom rescaled (the idea is FlashAttention-4's).
+constexpr float kRescaleThreshold = 8.0f;
+
+template <class E>
+struct ForwardScratch {
+    BiasScratch bias;
+    float *query_t, *scores, *out_t, *staged_rows, *staged_key, *staged_value, *row_max, *row_sum;
+
+    ForwardScratch(const Problem& p, Arena& arena) : bias(p, arena) {
+        query_t = arena.floats(round_up(E::elements(p.head_dim), 4) * kRows);
+        scores = arena.floats(kKeys * kRows);
+        out_t = arena.floats(round_up(p.head_dim_v, 4) * kRows);
+        staged_rows = arena.floats(kRows * round_up(max_of(p.head_dim, p.head_dim_v), 4));
+        staged_key = arena.floats(kKeys * round_up(p.head_dim, 4));
+        staged_value = arena.floats(kKeys * round_up(p.head_dim_v, 4));
+        row_max = arena.floats(kRows);
+        row_sum = arena.floats(kRows);
+    }
+};
+
+template <class E>
+class Forward : ForwardScratch<E> {
+   public:
+    Forward(const Problem& problem, const Sequence& sequence, const Tile& t, Arena arena)
+        : ForwardScratch<E>(problem, arena),
+          p(problem),
+          tile(problem, sequence, t.kv_head, t.first_row, t.rows, this->bias) {}
+
+    void run() {
+        pack_rows_transposed<E>(tile, p.query, p.head_dim, staged_rows, query_t);
+        std::memset(out_t, 0, static_cast<size_t>(round_up(p.head_dim_v, 4)) * kRows * 4);
+        for (int i = 0; i < kRows; ++i) {
+            row_max[i] = -kInfinity;
+            row_sum[i] = 0.0f;
+        }
+        for (int64_t n = tile.begin; n < tile.end; n += kKeys) visit(n, min_of(n + kKeys, tile.end));
+        finish();
+    }
+
+   private:
+    using Scratch = ForwardScratch<E>;
+    using Scratch::query_t, Scratch::scores, Scratch::out_t, Scratch::staged_rows, Scratch::staged_key;
+    using Scratch::staged_value, Scratch::row_max, Scratch::row_sum;
+
+    const Problem& p;
+    QueryTile tile;
+
+    // One block of keys: as a whole where every row sees every key, else vector by vector in its own range.
+    void visit(int64_t n0, int64_t n1) {
+        if (tile.is_full(n0, n1)) {
+            attend(load_block(n0, n1, false), 0, tile.vectors, n0, n1, false);
+            return;
+        }
+        bool loaded = false;
+        KeyBlock block{};
+        for (int v = 0; v < tile.vectors; ++v) {
+            int64_t k0 = max_of(n0, tile.range[v].begin), k1 = min_of(n1, tile.range[v].end);
+            if (k0 >= k1 || (tile.reads_mask[v] && !tile.any_by_mask(v, k0, k1))) continue;
+            if (E::kPaired) {  // pairs of keys are counted from the block's first
+                k0 -= (k0 - n0) & 1;
+                k1 = min_of(k1 + ((k1 - n0) & 1), n1);
+            }
+            if (!loaded) block = load_block(n0, n1, true);
+            loaded = true;
+            attend(block, v, 1, k0, k1, !tile.is_full(v, k0, k1));
+        }
+    }
+
+    KeyBlock load_block(int64_t n0, int64_t n1, bool edge) {
+        const int64_t batch = p.packed ? 0 : tile.s.index;
+        const char* key = row_of(p.key, E::kSize, batch, tile.kv_head, tile.s.first_key + n0);
+        const char* value = row_of(p.value, E::kSize, batch, tile.kv_head, tile.s.first_key + n0);
+        KeyBlock block{n0, n1, key, value, p.key.row * E::kSize, p.value.row * E::kSize, edge, false};
+        if (edge) {
+            for (int64_t j = 0; j < n1 - n0 && !block.dirty; ++j) {
+                block.dirty = !row_is_finite(E::kType, value + j * block.value_stride, p.head_dim_v);
+            }
+        }
+        stage_key<E>(p, block, staged_key);
+        stage_value(block);
+        return block;
+    }
+
+    // V as the second product reads it: in place (float32), as pairs of keys (paired), else as floats. In a dirty
+    // block NaN and Inf are replaced by 0 and added afterwards, to the rows that see them.
+    void stage_value(KeyBlock& block) {
+        const int64_t keys = block.end - block.begin, width = round_up(p.head_dim_v, 4);
+        if (E::kType == DType::f32 && !block.dirty) return;
+        const char* from = block.value;
+        if constexpr (E::kPaired) {
+            for (int64_t j = 0; j < keys; j += 2) {
+                const char* second = j + 1 < keys ? from + (j + 1) * block.value_stride : nullptr;
+                load_pair_row(from + j * block.value_stride, second, p.head_dim_v, staged_value + j / 2 * width, width);
+            }
+        } else {
+            for (int64_t j = 0; j < keys; ++j) {
+                load_row<E::kType>(from + j * block.value_stride, p.head_dim_v, staged_value + j * width, width);
+            }
+        }
+        if (block.dirty) zero_non_finite<E>(staged_value, E::elements(keys) * width);
+        block.value = reinterpret_cast<const char*>(staged_value);
+        block.value_stride = width * 4;
+    }
+
+    // Keys [k0, k1) of a block for vectors [v0, v0 + count).
+    void attend(const KeyBlock& block, int v0, int count, int64_t k0, int64_t k1, bool masked) {
+        const int64_t keys = k1 - k0;
+        float* scores_v = scores + v0 * kLanes;
+        gemm<typename E::Product, Along::depth, false>(block.key + (k0 - block.begin) * block.key_stride,
+                                                       block.key_stride, query_t + v0 * kLanes, kRows, scores_v, kRows,
+                                                       keys, count, E::elements(p.head_dim));
+        float scale = p.softmax_scale * kLog2E;
+        if (p.modifies_scores()) {
+            tile.modify(scores, nullptr, v0, count, k0, k1);
+            scale = 1.0f;
+        }
+        if (masked) tile.apply_mask(scores, v0, count, k0, k1);
+        for (int v = v0; v < v0 + count; v += 4) {
+            switch (min_of(4, v0 + count - v)) {
+                case 4: softmax<4>(v, k0, k1, scale); break;
+                case 3: softmax<3>(v, k0, k1, scale); break;
+                case 2: softmax<2>(v, k0, k1, scale); break;
+                default: softmax<1>(v, k0, k1, scale);
+            }
+        }
+        const int64_t first = E::elements(k0 - block.begin);
+        gemm<typename E::Product, Along::rows, true>(block.value + first * block.value_stride, block.value_stride,
+                                                     scores_v, kRows, out_t + v0 * kLanes, kRows, p.head_dim_v, count,
+                                                     E::elements(keys));
+        if (block.dirty) add_dirty_values(v0, count, k0, k1);
+    }
+
+    // Scores of V vectors -> probabilities relative to the running maximum, in place (paired: as pairs of keys).
+    template <int V>
+    void softmax(int v0, int64_t k0, int64_t k1, float scale) {
+        const int64_t keys = k1 - k0;
+        float* at = scores + v0 * kLanes;
+        F top[V];
+        unroll<V>([&](auto v) TF_INLINE_LAMBDA { top[v] = set1(-kInfinity); });
+        for (int64_t j = 0; j < keys; ++j) {
+            unroll<V>([&](auto v) TF_INLINE_LAMBDA { top[v] = maximum(load(at + j * kRows + v * kLanes), top[v]); });
+        }
+        F limit[V], sum[V];
+        unroll<V>([&](auto v) TF_INLINE_LAMBDA {
+            float* m = row_max + (v0 + v) * kLanes;
+            const F old = load(m), fresh = top[v] * scale;
+            if (any(fresh > old + kRescaleThreshold)) raise_maximum(v0 + v, maximum(fresh, old));
+            const F now = load(m);
+            limit[v] = select(now == -kInfinity, zero(), now);
+            sum[v] = load(row_sum + (v0 + v) * kLanes);
+        });
+        if (p.dropout_p > 0.0) {
+            unroll<V>([&](auto v) TF_INLINE_LAMBDA { exponentials_dropped(v0 + v, k0, k1, scale, limit[v], sum[v]); });
+        } else if constexpr (E::kPaired) {
+            for (int64_t j = 0; j < keys; j += 2) {
+                const bool both = j + 1 < keys;
+                unroll<V>([&](auto v) TF_INLINE_LAMBDA {
+                    const float* from = at + j * kRows + v * kLanes;
+                    const F e0 = exp2<E::kExpDegree>(load(from) * scale - limit[v]);
+                    const F e1 = both ? exp2<E::kExpDegree>(load(from + kRows) * scale - limit[v]) : zero();
+                    sum[v] += e0 + e1;
+                    store(at + j / 2 * kRows + v * kLanes, pair_bf16(e0, e1));
+                });
+            }
+        } else {
+            for (int64_t j = 0; j < keys; ++j) {
+                unroll<V>([&](auto v) TF_INLINE_LAMBDA {
+                    float* x = at + j * kRows + v * kLanes;
+                    const F e = exp2<E::kExpDegree>(load(x) * scale - limit[v]);
+                    sum[v] += e;
+                    store(x, e);
+                });
+            }
+        }
+        unroll<V>([&](auto v) TF_INLINE_LAMBDA { store(row_sum + (v0 + v) * kLanes, sum[v]); });
+    }
+
+    // The same with dropout: the sum takes every probability, the product only the kept ones.
+    __attribute__((noinline)) void exponentials_dropped(int v, int64_t k0, int64_t k1, float scale, F limit, F& sum) {
+        alignas(64) float cache[4 * kLanes];
+        int64_t cached = -1;
+        float* at = scores + v * kLanes;
+        F previous = zero();
+        for (int64_t j = k0; j < k1; ++j) {
+            F e = exp2<E::kExpDegree>(load(at + (j - k0) * kRows) * scale - limit);
+            sum += e;
+            e *= tile.dropout_factor(v, j, cache, cached);
+            if constexpr (E::kPaired) {
+                const int64_t pair = (j - k0) / 2;
+                if ((j - k0) % 2 == 1) {
+                    store(at + pair * kRows, pair_bf16(previous, e));
+                } else if (j + 1 == k1) {
+                    store(at + pair * kRows, pair_bf16(e, zero()));
+                }
+                previous = e;
+            } else {
+                store(at + (j - k0) * kRows, e);
+            }
+        }
+    }
+
+    __attribute__((noinline)) void raise_maximum(int v, F fresh) {
+        float* m = row_max + v * kLanes;
+        const F old = load(m);
+        const F safe = select(fresh == -kInfinity, zero(), fresh);
+        const F shrink = exp2<5>(old - safe);  // exp2(-inf) = 0 for a first block
+        store(m, fresh);
+        store(row_sum + v * kLanes, load(row_sum + v * kLanes) * shrink);
+        for (int64_t d = 0; d < p.head_dim_v; ++d) {
+            float* o = out_t + d * kRows + v * kLanes;
+            store(o, load(o) * shrink);
+        }
+    }
+
+    // The NaN and Inf of a dirty block, for the rows that do see them (their probability is not 0).
+    __attribute__((noinline)) void add_dirty_values(int v0, int count, int64_t k0, int64_t k1) {
+        const int64_t batch = p.packed ? 0 : tile.s.index;
+        for (int64_t j = k0; j < k1; ++j) {
+            const char* row = row_of(p.value, E::kSize, batch, tile.kv_head, tile.s.first_key + j);
+            if (row_is_finite(E::kType, row, p.head_dim_v)) continue;
+            for (int64_t d = 0; d < p.head_dim_v; ++d) {
+                const float value = scalar_at(E::kType, row + d * E::kSize);
+                if (all_finite(&value, 1)) continue;
+                for (int lane = v0 * kLanes; lane < (v0 + count) * kLanes; ++lane) {
+                    const float weight = probability(lane, j - k0);
+                    if (weight != 0.0f) out_t[d * kRows + lane] += weight * value;
+                }
+            }
+        }
+    }
+
+    float probability(int lane, int64_t j) const {
+        if constexpr (E::kPaired) {
+            const char* pair = reinterpret_cast<const char*>(scores + j / 2 * kRows + lane);
+            return scalar_at(DType::bf16, pair + 2 * (j % 2));
+        }
+        return scores[j * kRows + lane];
+    }
+
+    // The sink joins the sum, rows are normalised and go home.
+    void finish() {
+        for (int v = 0; v < tile.vectors; ++v) {
+            alignas(64) float sink[kLanes];
+            for (int i = 0; i < kLanes; ++i) sink[i] = sink_of(v * kLanes + i);
+            const F m = load(row_max + v * kLanes), l = load(row_sum + v * kLanes), extra = load(sink);
+            const F fresh = maximum(extra, m);
+            const F safe = select(fresh == -kInfinity, zero(), fresh);
+            const F shrink = exp2<5>(m - safe);
+            const F total = l * shrink + exp2<5>(extra - safe);
+            const I empty = m == -kInfinity;
+            const F inverse = select(empty, zero(), 1.0f / total);
+            const F scale = inverse * shrink;
+            for (int64_t d = 0; d < p.head_dim_v; ++d) {
+                float* o = out_t + d * kRows + v * kLanes;
+                store(o, select(empty, zero(), load(o) * scale));
+            }
+            store(row_max + v * kLanes, select(empty, set1(-kInfinity), safe));
+            store(row_sum + v * kLanes, total);
+        }
+        const int64_t width = round_up(p.head_dim_v, 4);
+        transpose(out_t, kRows, staged_rows, width, width, round_up(tile.rows, 4));
+        for (int lane = 0; lane < tile.rows; ++lane) {
+            char* to = const_cast<char*>(row_of(p.out, E::kSize, p.packed ? 0 : tile.s.index, tile.head[lane],
+                                                tile.s.first_query + tile.position[lane]));
+            store_row<E::kType>(staged_rows + lane * width, p.head_dim_v, 1.0f, to);
+        }
+        store_statistics();
+    }
+
+    float sink_of(int lane) const {
+        if (p.sinks == nullptr) return -kInfinity;
+        return scalar_at(p.sinks_dtype, p.sinks + tile.head[lane] * p.sinks_stride * size_of(p.sinks_dtype)) * kLog2E;
+    }
+
+    void store_statistics() {
+        if (p.lse == nullptr) return;
+        const int64_t plane = p.num_heads * p.total_q;
+        for (int lane = 0; lane < tile.rows; ++lane) {
+            const int64_t at = p.lse_index(tile.s.index, tile.head[lane], tile.s.first_query, tile.position[lane]);
+            const bool empty = row_max[lane] == -kInfinity;
+            const double natural = row_max[lane] * 0.6931471805599453 + std::log(static_cast<double>(row_sum[lane]));
+            p.lse[at] = empty ? -kInfinity : static_cast<float>(natural);
+            if (p.stats == nullptr) continue;
+            p.stats[at] = empty ? 0.0f : row_max[lane];
+            p.stats[plane + at] = empty ? 0.0f : 1.0f / row_sum[lane];
+        }
+    }
+};
+
+}  // namespace
+
+int64_t forward_workspace(const Problem& p) {
+    int64_t bytes = 0;
+    with_element(p.dtype, [&](auto element) {
+        Arena count(nullptr);
+        ForwardScratch<decltype(element)>(p, count);
+        bytes = count.used();
+    });
+    return bytes;
+}
+
+void forward(const Problem& p, const Sequence& sequence, const Tile& t, char* workspace) {
+    with_element(p.dtype, [&](auto element) {
+        Forward<decltype(element)>(p, sequence, t, Arena(workspace)).run();
+    });
+}
+
+}  // namespace TF_ISA
+}  // namespace tf

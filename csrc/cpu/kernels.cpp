@@ -1,0 +1,50 @@
+// The table of this instruction set.
+#include "kernels.h"
+
+#include "tile.h"
+
+#define TF_STRING_(x) #x
+#define TF_STRING(x) TF_STRING_(x)
+
+namespace tf {
+namespace TF_ISA {
+namespace {
+
+void store_row_of(DType dtype, const float* source, int64_t count, float scale, char* target) {
+    store_row(dtype, source, count, scale, target);
+}
+
+// The rate of the kernels' inner instruction on registers alone: what "peak" means in the benchmarks.
+template <class Product>
+double spin(int64_t repeats) {
+    constexpr int kChains = 12;
+    F sum[kChains], a = set1(1.0f), b = set1(0.5f);
+    unroll<kChains>([&](auto i) TF_INLINE_LAMBDA { sum[i] = zero(); });
+    for (int64_t k = 0; k < repeats; ++k) {
+        unroll<kChains>([&](auto i) TF_INLINE_LAMBDA { sum[i] = Product::multiply_add(sum[i], a, b); });
+        // Unknown to the optimiser, so that the chains are not folded into one product.
+        __asm__ volatile("" : "+m"(a), "+m"(b));
+    }
+    F total = zero();
+    unroll<kChains>([&](auto i) TF_INLINE_LAMBDA { total += sum[i]; });
+    __asm__ volatile("" : : "m"(total));
+    return 2.0 * kChains * kLanes * static_cast<double>(repeats);
+}
+
+double peak_flops(DType dtype, int64_t repeats) {
+#if defined(__AVX512BF16__)
+    if (dtype == DType::bf16) return 2.0 * spin<Bf16PairProduct>(repeats);
+#endif
+    (void)dtype;
+    return spin<Float32Product>(repeats);
+}
+
+}  // namespace
+
+extern const Kernels kKernels;
+const Kernels kKernels = {
+    TF_STRING(TF_ISA), kRows, kLanes, 0, forward_workspace, forward, nullptr, nullptr, nullptr, nullptr, store_row_of, peak_flops,
+};
+
+}  // namespace TF_ISA
+}  // namespace tf

@@ -1,0 +1,17 @@
+// The functions of one instruction set, one source file each; kernels.cpp puts them into the table that is exported.
+#pragma once
+
+#include "core/params.h"
+
+namespace tf {
+namespace TF_ISA {
+
+int64_t forward_workspace(const Problem&);
+void forward(const Problem&, const Sequence&, const Tile&, char* workspace);
+int64_t decode_workspace(const Problem&);
+void decode(const Problem&, const Sequence&, const KeyChunk&, char* workspace);
+int64_t backward_workspace(const Problem&);
+void backward(const Problem&, const Sequence&, const BackwardRun&, char* workspace);
+
+}  // namespace TF_ISA
+}  // namespace tf

@@ -1,0 +1,141 @@
+// Moving rows between the caller's memory and the kernels' scratch: conversion, transposition, pairing.
+#pragma once
+
+#include "simd.h"
+
+namespace tf {
+namespace TF_ISA {
+namespace {
+
+// Calls fn with the element type as a constant.
+template <class Fn>
+TF_INLINE void with_dtype(DType dtype, Fn&& fn) {
+    switch (dtype) {
+        case DType::f32: return fn(std::integral_constant<DType, DType::f32>{});
+        case DType::bf16: return fn(std::integral_constant<DType, DType::bf16>{});
+        case DType::f16: return fn(std::integral_constant<DType, DType::f16>{});
+        case DType::boolean: return fn(std::integral_constant<DType, DType::boolean>{});
+    }
+}
+
+// `count` elements as floats, then zeros up to `padded`. Booleans become 0 (True) and -inf (False).
+template <DType kType>
+TF_INLINE void load_row(const char* source, int64_t count, float* target, int64_t padded) {
+    constexpr int64_t kSize = kType == DType::f32 ? 4 : kType == DType::boolean ? 1 : 2;
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(target + i, load_as_float<kType>(source + i * kSize));
+    for (; i < count; ++i) target[i] = scalar_at(kType, source + i * kSize);
+    for (; i < padded; ++i) target[i] = 0.0f;
+}
+
+inline void load_row(DType dtype, const char* source, int64_t count, float* target, int64_t padded) {
+    with_dtype(dtype, [&](auto type) { load_row<type()>(source, count, target, padded); });
+}
+
+template <DType kType>
+TF_INLINE void store_row(const float* source, int64_t count, float scale, char* target) {
+    constexpr int64_t kSize = kType == DType::f32 ? 4 : 2;
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store_from_float<kType>(target + i * kSize, load(source + i) * scale);
+    for (; i < count; ++i) {
+        const float x = source[i] * scale;
+        if constexpr (kType == DType::f32) {
+            std::memcpy(target + 4 * i, &x, 4);
+        } else {
+            const uint16_t bits = scalar_to_half(kType, x);
+            std::memcpy(target + 2 * i, &bits, 2);
+        }
+    }
+}
+
+inline void store_row(DType dtype, const float* source, int64_t count, float scale, char* target) {
+    with_dtype(dtype, [&](auto type) {
+        if constexpr (type() != DType::boolean) store_row<type()>(source, count, scale, target);
+    });
+}
+
+// Two rows of bf16 as pairs: 32-bit element i holds (first[i], second[i]). A missing second row counts as zeros.
+inline void load_pair_row(const char* first, const char* second, int64_t count, float* target, int64_t padded) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+        const I low = as_int(load_bf16(first + 2 * i));
+        const I high = second ? as_int(load_bf16(second + 2 * i)) : I{};
+        store(target + i, as_float(reinterpret_cast<I>(reinterpret_cast<U>(low) >> 16) | high));
+    }
+    for (; i < padded; ++i) {
+        uint16_t low = 0, high = 0;
+        if (i < count) std::memcpy(&low, first + 2 * i, 2);
+        if (i < count && second) std::memcpy(&high, second + 2 * i, 2);
+        const uint32_t pair = low | static_cast<uint32_t>(high) << 16;
+        std::memcpy(target + i, &pair, 4);
+    }
+}
+
+// Two vectors of floats, rounded to bf16, as pairs (a[i], b[i]).
+TF_INLINE F pair_bf16(F a, F b) {
+#if defined(__AVX512BF16__)
+    const U low = __builtin_convertvector(to_bf16(a), U), high = __builtin_convertvector(to_bf16(b), U) << 16;
+    return reinterpret_cast<F>(low | high);
+#else
+    (void)b;
+    return a;
+#endif
+}
+
+// target[c][r] = source[r][c]; rows and columns are multiples of 4, strides in 32-bit elements.
+inline void transpose(const float* source, int64_t source_stride, float* target, int64_t target_stride, int64_t rows,
+                      int64_t columns) {
+    typedef float Q __attribute__((vector_size(16)));
+    typedef Q QUnaligned __attribute__((aligned(4), may_alias));
+    typedef int32_t Index __attribute__((vector_size(16)));
+    for (int64_t c = 0; c < columns; c += 4) {
+        for (int64_t r = 0; r < rows; r += 4) {
+            const float* from = source + r * source_stride + c;
+            const Q r0 = *reinterpret_cast<const QUnaligned*>(from);
+            const Q r1 = *reinterpret_cast<const QUnaligned*>(from + source_stride);
+            const Q r2 = *reinterpret_cast<const QUnaligned*>(from + 2 * source_stride);
+            const Q r3 = *reinterpret_cast<const QUnaligned*>(from + 3 * source_stride);
+            const Q low01 = __builtin_shuffle(r0, r1, Index{0, 4, 1, 5});
+            const Q high01 = __builtin_shuffle(r0, r1, Index{2, 6, 3, 7});
+            const Q low23 = __builtin_shuffle(r2, r3, Index{0, 4, 1, 5});
+            const Q high23 = __builtin_shuffle(r2, r3, Index{2, 6, 3, 7});
+            float* to = target + c * target_stride + r;
+            *reinterpret_cast<QUnaligned*>(to) = __builtin_shuffle(low01, low23, Index{0, 1, 4, 5});
+            *reinterpret_cast<QUnaligned*>(to + target_stride) = __builtin_shuffle(low01, low23, Index{2, 3, 6, 7});
+            *reinterpret_cast<QUnaligned*>(to + 2 * target_stride) =
+                __builtin_shuffle(high01, high23, Index{0, 1, 4, 5});
+            *reinterpret_cast<QUnaligned*>(to + 3 * target_stride) =
+                __builtin_shuffle(high01, high23, Index{2, 3, 6, 7});
+        }
+    }
+}
+
+inline bool all_finite(const float* x, int64_t count) {
+    uint32_t bad = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, x + i, 4);
+        bad |= (bits & 0x7F800000u) == 0x7F800000u;
+    }
+    return bad == 0;
+}
+
+inline bool all_finite_half(DType dtype, const char* x, int64_t count) {
+    const uint32_t exponent = dtype == DType::bf16 ? 0x7F80u : 0x7C00u;
+    uint32_t bad = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        uint16_t bits;
+        std::memcpy(&bits, x + 2 * i, 2);
+        bad |= (bits & exponent) == exponent;
+    }
+    return bad == 0;
+}
+
+inline bool row_is_finite(DType dtype, const char* row, int64_t count) {
+    return dtype == DType::f32 ? all_finite(reinterpret_cast<const float*>(row), count)
+                               : all_finite_half(dtype, row, count);
+}
+
+}  // namespace
+}  // namespace TF_ISA
+}  // namespace tf

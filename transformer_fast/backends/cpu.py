@@ -1,0 +1,194 @@
+"""The CPU back end: C++ kernels for AVX-512 (with or without bf16), AVX2 and plain vectors, chosen at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import masks
+from .._version import __version__
+from ..layout import new_output
+from ..spec import AttentionSpec, Layout, Operands
+from .base import Backend, Gradients, Info, Results, Runner
+
+try:
+    from .. import _C_cpu
+
+    _WHY_NOT = None
+except ImportError as error:  # built without a C++ compiler, or for another Python
+    _C_cpu = None  # type: ignore[assignment]
+    _WHY_NOT = f"the native module transformer_fast._C_cpu does not import: {error}"
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
+
+
+@contextmanager
+def force_isa(name: str) -> Iterator[None]:
+    """Run with one instruction set: "portable", "avx2", "avx512" or "avx512_bf16", where the machine has it.
+
+    The environment variable TRANSFORMER_FAST_CPU_ISA does the same for a whole process.
+
+    Raises:
+        ValueError: the machine does not have it; the message names those it has.
+    """
+    before = _C_cpu.current_isa()
+    _C_cpu.force_isa(name)
+    try:
+        yield
+    finally:
+        _C_cpu.force_isa(before)
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _broadcast_strides(layout: Layout | None) -> tuple[int, ...]:
+    """Strides with 0 where a dimension of one element broadcasts."""
+    if layout is None:
+        return (0, 0, 0, 0)
+    return tuple(0 if n == 1 else s for n, s in zip(layout.shape, layout.stride, strict=True))
+
+
+def _row_strides(layout: Layout | Tensor, packed: bool) -> tuple[int, int, int]:
+    """(batch, head, row) strides of a padded (b, h, s, d) or a packed (s, h, d) operand."""
+    stride = layout.stride() if isinstance(layout, Tensor) else layout.stride
+    return (0, stride[1], stride[0]) if packed else (stride[0], stride[1], stride[2])
+
+
+def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.append(0 if n == 1 else step)
+        step *= n
+    return tuple(reversed(strides))
+
+
+class CpuRunner(Runner):
+    """One spec's native plan: everything but the pointers."""
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        super().__init__(spec)
+        self.packed = spec.is_packed
+        self.lse_shape = (
+            (spec.num_heads, spec.total_q) if spec.is_packed else (spec.batch, spec.num_heads, spec.seqlen_q)
+        )
+        self.plan = _C_cpu.Plan(self._fields(spec))
+
+    def _fields(self, spec: AttentionSpec) -> dict[str, Any]:
+        options = spec.options
+        left, right = masks.bounds(options.window_left, options.window_right)
+        # Shapes and strides only: the layout of what forward and backward will allocate.
+        meta = [torch.empty_strided(o.shape, o.stride, device="meta") for o in spec.layouts[:3] if o is not None]
+        grads = [torch.empty_like(t) for t in meta]
+        query, key, value, bias, slopes, sinks, key_mask, seqlens_k = (
+            spec.layout(name)
+            for name in "query key value bias alibi_slopes sinks key_padding_mask seqlens_k".split()
+        )
+        assert query is not None and key is not None and value is not None
+        return {
+            **{name: getattr(spec, name) for name in (
+                "batch", "num_heads", "num_kv_heads", "seqlen_q", "seqlen_k", "total_q", "total_k", "head_dim",
+                "head_dim_v", "softmax_scale",
+            )},
+            "packed": spec.is_packed,
+            "dtype": _DTYPES[spec.dtype],
+            "softcap": options.softcap or 0.0,
+            "dropout_p": options.dropout_p,
+            "left": left,
+            "right": right,
+            "query": _row_strides(query, self.packed),
+            "key": _row_strides(key, self.packed),
+            "value": _row_strides(value, self.packed),
+            "out": _row_strides(new_output(meta[0], spec.head_dim_v), self.packed),
+            "dquery": _row_strides(grads[0], self.packed),
+            "dkey": _row_strides(grads[1], self.packed),
+            "dvalue": _row_strides(grads[2], self.packed),
+            "seqlens_k_stride": 1 if seqlens_k is None else seqlens_k.stride[0],
+            "key_mask": (0, 0) if key_mask is None else tuple(key_mask.stride),
+            "bias_dtype": 0 if bias is None else _DTYPES[bias.dtype],
+            "bias": _broadcast_strides(bias),
+            "dbias": (0, 0, 0, 0) if bias is None else _contiguous_strides(tuple(bias.shape)),
+            "alibi": (0, 0) if slopes is None else (0, *slopes.stride)[-2:],
+            "sinks_dtype": 0 if sinks is None else _DTYPES[sinks.dtype],
+            "sinks_stride": 1 if sinks is None else sinks.stride[0],
+        }
+
+    def _pointers(self, operands: Operands) -> tuple[int, ...]:
+        *tensors, seed = operands
+        return (*map(_pointer, tensors), 0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF)
+
+    def forward(self, operands: Operands, *, need_lse: bool, need_stats: bool) -> Results:
+        query = operands.query
+        out = new_output(query, self.spec.head_dim_v)
+        lse = stats = None
+        if need_lse or need_stats:
+            lse = query.new_empty(self.lse_shape, dtype=torch.float32)
+        if need_stats:
+            stats = query.new_empty((2, *self.lse_shape), dtype=torch.float32)
+        self.plan.forward(
+            *self._pointers(operands), out.data_ptr(), _pointer(lse), _pointer(stats), torch.get_num_threads()
+        )
+        return Results(out, lse, stats)
+
+    def backward(
+        self, operands: Operands, results: Results, dout: Tensor, dlse: Tensor | None, *, dbias: bool, dsinks: bool
+    ) -> Gradients:
+        query, bias, sinks = operands.query, operands.bias, operands.sinks
+        out, lse, stats = results
+        assert lse is not None and stats is not None
+        if dout.stride(-1) != 1 and dout.shape[-1] > 1:  # a gradient that was expanded, from out.sum() for one
+            dout = dout.contiguous()
+        dlse = None if dlse is None else dlse.to(torch.float32).contiguous()
+        delta = torch.empty_like(lse)
+        dquery, dkey, dvalue = (torch.empty_like(t) for t in operands[:3])
+        bias_grad = query.new_zeros(bias.shape, dtype=torch.float32) if dbias and bias is not None else None
+        self.plan.backward(
+            *self._pointers(operands),
+            *map(_pointer, (out, lse, stats)),
+            torch.get_num_threads(),
+            dout.data_ptr(),
+            _row_strides(dout, self.packed),
+            *map(_pointer, (dlse, delta, dquery, dkey, dvalue, bias_grad)),
+        )
+        sink_grad = None
+        if dsinks and sinks is not None:
+            # The sink is a key with value 0: d(loss)/d(sink) = -p_sink * delta, and delta carries -dlse already.
+            head_dim = 0 if self.packed else 1
+            heads = sinks.to(torch.float32).view(-1, *[1] * (lse.dim() - head_dim - 1))
+            share = torch.where(lse == float("-inf"), 0.0, torch.exp(heads - lse))
+            sink_grad = -(share * delta).transpose(0, head_dim).flatten(1).sum(1).to(sinks.dtype)
+        return Gradients(
+            dquery, dkey, dvalue, None if bias is None or bias_grad is None else bias_grad.to(bias.dtype), sink_grad
+        )
+
+
+class CpuBackend(Backend):
+    """``csrc/cpu`` as a back end."""
+
+    name = "cpu"
+
+    def info(self) -> Info:
+        if _C_cpu is None:
+            return Info(self.name, False, _WHY_NOT, None)
+        details = {"isa": _C_cpu.current_isa(), "isas": _C_cpu.available_isas()}
+        return Info(self.name, True, None, __version__, details)
+
+    def supports(self, spec: AttentionSpec) -> str | None:
+        if spec.device.type != "cpu":
+            return f"the tensors are on {spec.device}, this back end computes on cpu"
+        if spec.dtype not in _DTYPES:
+            return f"dtype {str(spec.dtype).removeprefix('torch.')}; it computes float32, bfloat16 and float16"
+        return None
+
+    def path(self, spec: AttentionSpec) -> str:
+        plan = CpuRunner(spec).plan
+        way = "split-KV decode" if plan.takes_decode_path() else "tiled forward"
+        return f"{way}, {_C_cpu.current_isa()}, {torch.get_num_threads()} threads"
+
+    def prepare(self, spec: AttentionSpec) -> Runner:
+        return CpuRunner(spec)

@@ -110,9 +110,10 @@ struct Kernels {
     void (*forward)(const Problem&, const Sequence&, const Tile&, char* workspace);
     int64_t (*decode_workspace)(const Problem&);
     void (*decode)(const Problem&, const Sequence&, const KeyChunk&, char* workspace);
+    // Joins the partial results of one KV head's chunks: out, lse and statistics of its rows.
+    void (*combine)(const Problem&, const Sequence&, int64_t kv_head, const KeyChunk*, int64_t count, char* workspace);
     int64_t (*backward_workspace)(const Problem&);
     void (*backward)(const Problem&, const Sequence&, const BackwardRun&, char* workspace);
-    void (*store_row)(DType, const float* source, int64_t count, float scale, char* target);
     double (*peak_flops)(DType, int64_t repeats);  // floating-point operations done; the caller keeps time
 };
 

@@ -304,6 +304,68 @@ void forward_by_tiles(const Problem& p, const Kernels& kernels, const std::vecto
               });
 }
 
+// --------------------------------------------------------------------------------------------------------- decode
+
+constexpr int64_t kChunksPerThread = 8;  // small enough pieces for the last one not to be waited for
+constexpr int64_t kMinChunk = 256;       // keys; a smaller chunk costs more to combine than it gains
+
+// Few rows have few tiles, and most lanes of a tile would idle: those problems split the keys instead.
+bool few_rows(const Problem& p, const Kernels& kernels) {
+    const int64_t rows = p.seqlen_q * p.group_size, units = p.batch * p.num_kv_heads;
+    if (rows <= kernels.decode_rows) return true;
+    return rows <= kernels.tile_rows && units < 2 * p.num_threads && p.seqlen_k >= 8 * kMinChunk;
+}
+
+// The unit of a decode problem: one (sequence, KV head) and its chunks, which lie one after the other.
+struct DecodeUnit {
+    int32_t sequence, kv_head;
+    int64_t first_chunk, chunks;
+};
+
+void forward_by_chunks(const Problem& p, const Kernels& kernels, const std::vector<Sequence>& sequences) {
+    const int64_t units = std::max<int64_t>(1, p.batch * p.num_kv_heads);
+    const int64_t wanted = ceil_div(kChunksPerThread * p.num_threads, units);
+    const int64_t width = round_up(p.head_dim_v, kernels.lanes);
+    std::vector<KeyChunk> chunks;
+    std::vector<DecodeUnit> decode_units;
+    int64_t pairs = 0, floats = 0;
+    for (const Sequence& s : sequences) {
+        if (s.len_q == 0) continue;
+        const TileRange seen = tile_range(s.mask, 0, s.len_q - 1);
+        const int64_t rows = s.len_q * p.group_size, keys = seen.end - seen.begin;
+        const int64_t parts = std::max<int64_t>(1, std::min(wanted, keys / kMinChunk));
+        const int64_t length = std::max<int64_t>(1, round_up(ceil_div(keys, parts), 16));
+        pairs += rows * keys * p.num_kv_heads;
+        for (int64_t h = 0; h < p.num_kv_heads; ++h) {
+            DecodeUnit unit{static_cast<int32_t>(s.index), static_cast<int32_t>(h),
+                            static_cast<int64_t>(chunks.size()), 0};
+            for (int64_t begin = seen.begin; begin < seen.end; begin += length) {
+                chunks.push_back({unit.sequence, unit.kv_head, begin, std::min(begin + length, seen.end), nullptr});
+                floats += rows * (2 + width);
+            }
+            unit.chunks = static_cast<int64_t>(chunks.size()) - unit.first_chunk;
+            decode_units.push_back(unit);
+        }
+    }
+    std::vector<float> partial(static_cast<size_t>(floats));
+    float* next = partial.data();
+    for (KeyChunk& chunk : chunks) {
+        chunk.partial = next;
+        next += sequences[static_cast<size_t>(chunk.sequence)].len_q * p.group_size * (2 + width);
+    }
+    const int threads = threads_for(p, pairs);
+    run_tasks(static_cast<int64_t>(chunks.size()), threads, kernels.decode_workspace(p),
+              [&](int64_t task, char* workspace) {
+                  const KeyChunk& chunk = chunks[static_cast<size_t>(task)];
+                  kernels.decode(p, sequences[static_cast<size_t>(chunk.sequence)], chunk, workspace);
+              });
+    run_tasks(static_cast<int64_t>(decode_units.size()), threads, width * 4, [&](int64_t task, char* workspace) {
+        const DecodeUnit& unit = decode_units[static_cast<size_t>(task)];
+        kernels.combine(p, sequences[static_cast<size_t>(unit.sequence)], unit.kv_head,
+                        chunks.data() + unit.first_chunk, unit.chunks, workspace);
+    });
+}
+
 }  // namespace
 
 // --------------------------------------------------------------------------------------------------------- public
@@ -325,11 +387,22 @@ void attention_forward(const Problem& problem) {
     Problem p = problem;
     const MaskSummary summary(p);
     const std::vector<Sequence> sequences = make_sequences(p);
-    forward_by_tiles(p, *chosen(), sequences);
+    (few_rows(p, *chosen()) ? forward_by_chunks : forward_by_tiles)(p, *chosen(), sequences);
 }
 
 void attention_backward(const Problem&) {}
-bool takes_decode_path(const Problem&) { return false; }
-double measure_peak(DType, int) { return 0; }
+
+bool takes_decode_path(const Problem& p) { return few_rows(p, *chosen()); }
+
+double measure_peak(DType dtype, int num_threads) {
+    const Kernels& kernels = *chosen();
+    const int64_t repeats = 20'000'000;
+    double operations = 0.0;
+    const auto begin = std::chrono::steady_clock::now();
+#pragma omp parallel num_threads(num_threads) reduction(+ : operations)
+    operations += kernels.peak_flops(dtype, repeats);
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+    return operations / seconds.count();
+}
 
 }  // namespace tf

@@ -1,6 +1,4 @@
 // Forward pass of one query tile: online softmax over blocks of keys (Milakov & Gimelshein 2018; Dao et al. 2022).
-#include <cmath>
-
 #include "kernels.h"
 #include "tile.h"
 
@@ -252,7 +250,7 @@ class Forward : ForwardScratch<E> {
     void finish() {
         for (int v = 0; v < tile.vectors; ++v) {
             alignas(64) float sink[kLanes];
-            for (int i = 0; i < kLanes; ++i) sink[i] = sink_of(v * kLanes + i);
+            for (int i = 0; i < kLanes; ++i) sink[i] = sink_log2(p, tile.head[v * kLanes + i]);
             const F m = load(row_max + v * kLanes), l = load(row_sum + v * kLanes), extra = load(sink);
             const F fresh = maximum(extra, m);
             const F safe = select(fresh == -kInfinity, zero(), fresh);
@@ -275,25 +273,8 @@ class Forward : ForwardScratch<E> {
                                                 tile.s.first_query + tile.position[lane]));
             store_row<E::kType>(staged_rows + lane * width, p.head_dim_v, 1.0f, to);
         }
-        store_statistics();
-    }
-
-    float sink_of(int lane) const {
-        if (p.sinks == nullptr) return -kInfinity;
-        return scalar_at(p.sinks_dtype, p.sinks + tile.head[lane] * p.sinks_stride * size_of(p.sinks_dtype)) * kLog2E;
-    }
-
-    void store_statistics() {
-        if (p.lse == nullptr) return;
-        const int64_t plane = p.num_heads * p.total_q;
         for (int lane = 0; lane < tile.rows; ++lane) {
-            const int64_t at = p.lse_index(tile.s.index, tile.head[lane], tile.s.first_query, tile.position[lane]);
-            const bool empty = row_max[lane] == -kInfinity;
-            const double natural = row_max[lane] * 0.6931471805599453 + std::log(static_cast<double>(row_sum[lane]));
-            p.lse[at] = empty ? -kInfinity : static_cast<float>(natural);
-            if (p.stats == nullptr) continue;
-            p.stats[at] = empty ? 0.0f : row_max[lane];
-            p.stats[plane + at] = empty ? 0.0f : 1.0f / row_sum[lane];
+            store_statistics(p, tile.s, tile.head[lane], tile.position[lane], row_max[lane], row_sum[lane]);
         }
     }
 };

@@ -10,10 +10,6 @@ namespace tf {
 namespace TF_ISA {
 namespace {
 
-void store_row_of(DType dtype, const float* source, int64_t count, float scale, char* target) {
-    store_row(dtype, source, count, scale, target);
-}
-
 // The rate of the kernels' inner instruction on registers alone: what "peak" means in the benchmarks.
 template <class Product>
 double spin(int64_t repeats) {
@@ -43,7 +39,18 @@ double peak_flops(DType dtype, int64_t repeats) {
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
-    TF_STRING(TF_ISA), kRows, kLanes, 0, forward_workspace, forward, nullptr, nullptr, nullptr, nullptr, store_row_of, peak_flops,
+    TF_STRING(TF_ISA),
+    kRows,
+    kLanes,
+    kLanes / 2,
+    forward_workspace,
+    forward,
+    decode_workspace,
+    decode,
+    combine,
+    backward_workspace,
+    backward,
+    peak_flops,
 };
 
 }  // namespace TF_ISA

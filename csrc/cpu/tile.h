@@ -4,6 +4,8 @@
 // maxima and sums are vertical, and the mask is a comparison of lanes. Mask arithmetic happens only in edge blocks.
 #pragma once
 
+#include <cmath>
+
 #include "core/params.h"
 #include "core/philox.h"
 #include "gemm.h"
@@ -309,6 +311,23 @@ inline void zero_non_finite(float* staged, int64_t count) {
             std::memset(bytes + i * kSize, 0, kSize);
         }
     }
+}
+
+TF_INLINE float sink_log2(const Problem& p, int64_t head) {
+    if (p.sinks == nullptr) return -kInfinity;
+    return scalar_at(p.sinks_dtype, p.sinks + head * p.sinks_stride * size_of(p.sinks_dtype)) * kLog2E;
+}
+
+// What a row leaves for its caller and for backward. `top` is its maximum in base 2, -inf for a row that saw nothing.
+inline void store_statistics(const Problem& p, const Sequence& s, int64_t head, int64_t row, float top, float sum) {
+    if (p.lse == nullptr) return;
+    const int64_t at = p.lse_index(s.index, head, s.first_query, row), plane = p.num_heads * p.total_q;
+    const bool empty = top == -kInfinity;
+    const double natural = top * 0.6931471805599453 + std::log(static_cast<double>(sum));
+    p.lse[at] = empty ? -kInfinity : static_cast<float>(natural);
+    if (p.stats == nullptr) return;
+    p.stats[at] = empty ? 0.0f : top;
+    p.stats[plane + at] = empty ? 0.0f : 1.0f / sum;
 }
 
 // Rows of an operand, one a lane, transposed: target[i][lane] over 32-bit elements. Lanes past the tile's rows and

@@ -136,10 +136,6 @@ def _dense(operands: Operands, spec: AttentionSpec, first_batch: int = 0) -> tup
     if operands.sinks is not None:
         sink = operands.sinks.to(dtype).view(1, -1, 1, 1).expand(batch, num_heads, seqlen_q, 1)
         logits = torch.cat([logits, sink], dim=-1)
-    if logits.shape[-1] == 0:
-        return query.new_zeros(*query.shape[:3], value.shape[-1]).to(spec.dtype), query.new_full(
-            query.shape[:3], float("-inf")
-        )
     lse = torch.logsumexp(logits, dim=-1).masked_fill(empty.squeeze(-1), float("-inf"))
     probabilities = torch.softmax(logits, dim=-1)[..., :seqlen_k].masked_fill(empty, 0)
     if options.dropout_p > 0.0:

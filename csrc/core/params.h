@@ -114,6 +114,9 @@ struct Kernels {
     void (*combine)(const Problem&, const Sequence&, int64_t kv_head, const KeyChunk*, int64_t count, char* workspace);
     int64_t (*backward_workspace)(const Problem&);
     void (*backward)(const Problem&, const Sequence&, const BackwardRun&, char* workspace);
+    // target = scale * (sum of the parts), rounded to the dtype; `sum` is scratch of `count` floats.
+    void (*store_gradient_row)(DType, const float* const* parts, int64_t part_count, int64_t count, float scale,
+                               float* sum, char* target);
     double (*peak_flops)(DType, int64_t repeats);  // floating-point operations done; the caller keeps time
 };
 

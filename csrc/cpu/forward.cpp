@@ -10,6 +10,14 @@ namespace {
 // enough, and the accumulator is seldom rescaled (the idea is FlashAttention-4's).
 constexpr float kRescaleThreshold = 8.0f;
 
+// A block of keys from `begin` on, with K and V as the products read them; strides in bytes.
+struct KeyBlock {
+    int64_t begin;
+    const char *key, *value;
+    int64_t key_stride, value_stride;
+    bool dirty;  // an edge block with NaN or Inf in V, which must not reach the rows that do not see it
+};
+
 template <class E>
 struct ForwardScratch {
     BiasScratch bias;
@@ -62,53 +70,24 @@ class Forward : ForwardScratch<E> {
         }
         bool loaded = false;
         KeyBlock block{};
-        for (int v = 0; v < tile.vectors; ++v) {
-            int64_t k0 = max_of(n0, tile.range[v].begin), k1 = min_of(n1, tile.range[v].end);
-            if (k0 >= k1 || (tile.reads_mask[v] && !tile.any_by_mask(v, k0, k1))) continue;
-            if (E::kPaired) {  // pairs of keys are counted from the block's first
-                k0 -= (k0 - n0) & 1;
-                k1 = min_of(k1 + ((k1 - n0) & 1), n1);
-            }
+        tile.for_each_segment(n0, n1, E::kPaired, [&](int v, int64_t k0, int64_t k1, bool masked) {
             if (!loaded) block = load_block(n0, n1, true);
             loaded = true;
-            attend(block, v, 1, k0, k1, !tile.is_full(v, k0, k1));
-        }
+            attend(block, v, 1, k0, k1, masked);
+        });
     }
 
     KeyBlock load_block(int64_t n0, int64_t n1, bool edge) {
-        const int64_t batch = p.packed ? 0 : tile.s.index;
+        const int64_t batch = p.packed ? 0 : tile.s.index, keys = n1 - n0;
         const char* key = row_of(p.key, E::kSize, batch, tile.kv_head, tile.s.first_key + n0);
         const char* value = row_of(p.value, E::kSize, batch, tile.kv_head, tile.s.first_key + n0);
-        KeyBlock block{n0, n1, key, value, p.key.row * E::kSize, p.value.row * E::kSize, edge, false};
-        if (edge) {
-            for (int64_t j = 0; j < n1 - n0 && !block.dirty; ++j) {
-                block.dirty = !row_is_finite(E::kType, value + j * block.value_stride, p.head_dim_v);
-            }
+        KeyBlock block{n0, key, value, p.key.row * E::kSize, p.value.row * E::kSize, false};
+        for (int64_t j = 0; edge && j < keys && !block.dirty; ++j) {
+            block.dirty = !row_is_finite(E::kType, value + j * block.value_stride, p.head_dim_v);
         }
-        stage_key<E>(p, block, staged_key);
-        stage_value(block);
+        stage_depth<E>(keys, p.head_dim, block.key, block.key_stride, staged_key);
+        stage_by_keys<E>(keys, p.head_dim_v, block.dirty, block.value, block.value_stride, staged_value);
         return block;
-    }
-
-    // V as the second product reads it: in place (float32), as pairs of keys (paired), else as floats. In a dirty
-    // block NaN and Inf are replaced by 0 and added afterwards, to the rows that see them.
-    void stage_value(KeyBlock& block) {
-        const int64_t keys = block.end - block.begin, width = round_up(p.head_dim_v, 4);
-        if (E::kType == DType::f32 && !block.dirty) return;
-        const char* from = block.value;
-        if constexpr (E::kPaired) {
-            for (int64_t j = 0; j < keys; j += 2) {
-                const char* second = j + 1 < keys ? from + (j + 1) * block.value_stride : nullptr;
-                load_pair_row(from + j * block.value_stride, second, p.head_dim_v, staged_value + j / 2 * width, width);
-            }
-        } else {
-            for (int64_t j = 0; j < keys; ++j) {
-                load_row<E::kType>(from + j * block.value_stride, p.head_dim_v, staged_value + j * width, width);
-            }
-        }
-        if (block.dirty) zero_non_finite<E>(staged_value, E::elements(keys) * width);
-        block.value = reinterpret_cast<const char*>(staged_value);
-        block.value_stride = width * 4;
     }
 
     // Keys [k0, k1) of a block for vectors [v0, v0 + count).

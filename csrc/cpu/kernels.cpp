@@ -50,6 +50,7 @@ const Kernels kKernels = {
     combine,
     backward_workspace,
     backward,
+    store_gradient_row,
     peak_flops,
 };
 

@@ -54,17 +54,17 @@ inline void store_row(DType dtype, const float* source, int64_t count, float sca
     });
 }
 
-// Two rows of bf16 as pairs: 32-bit element i holds (first[i], second[i]). A missing second row counts as zeros.
+// Two rows of bf16 as pairs: 32-bit element i holds (first[i], second[i]). A missing row counts as zeros.
 inline void load_pair_row(const char* first, const char* second, int64_t count, float* target, int64_t padded) {
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) {
-        const I low = as_int(load_bf16(first + 2 * i));
+        const I low = first ? as_int(load_bf16(first + 2 * i)) : I{};
         const I high = second ? as_int(load_bf16(second + 2 * i)) : I{};
         store(target + i, as_float(reinterpret_cast<I>(reinterpret_cast<U>(low) >> 16) | high));
     }
     for (; i < padded; ++i) {
         uint16_t low = 0, high = 0;
-        if (i < count) std::memcpy(&low, first + 2 * i, 2);
+        if (i < count && first) std::memcpy(&low, first + 2 * i, 2);
         if (i < count && second) std::memcpy(&high, second + 2 * i, 2);
         const uint32_t pair = low | static_cast<uint32_t>(high) << 16;
         std::memcpy(target + i, &pair, 4);

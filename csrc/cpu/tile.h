@@ -78,16 +78,6 @@ inline const char* row_of(const Operand& operand, int64_t size, int64_t batch, i
     return operand.data + (batch * operand.batch + head * operand.head + row * operand.row) * size;
 }
 
-// Keys [begin, end) of the sequence, with K and V as the products read them.
-struct KeyBlock {
-    int64_t begin, end;
-    const char* key;  // row of key `begin`; strides in bytes
-    const char* value;
-    int64_t key_stride, value_stride;
-    bool edge;   // some row does not see some key
-    bool dirty;  // an edge block that holds NaN or Inf in a row that is read by rows that may not see it
-};
-
 struct QueryTile {
     const Problem& p;
     const Sequence& s;
@@ -143,6 +133,21 @@ struct QueryTile {
             if (!is_full(v, k0, k1)) return false;
         }
         return true;
+    }
+
+    // The parts of an edge block [n0, n1): for each vector the keys that any of its rows sees. `paired` keeps their
+    // ends at whole pairs of keys, counted from n0. fn(vector, first key, last key + 1, does it need a mask).
+    template <class Fn>
+    void for_each_segment(int64_t n0, int64_t n1, bool paired, Fn&& fn) const {
+        for (int v = 0; v < vectors; ++v) {
+            int64_t k0 = max_of(n0, range[v].begin), k1 = min_of(n1, range[v].end);
+            if (k0 >= k1 || (reads_mask[v] && !any_by_mask(v, k0, k1))) continue;
+            if (paired) {
+                k0 -= (k0 - n0) & 1;
+                k1 = min_of(k1 + ((k1 - n0) & 1), n1);
+            }
+            fn(v, k0, k1, !is_full(v, k0, k1));
+        }
     }
 
     // Is any key of [k0, k1) visible to vector v, by the bytes of the mask? Only asked where there are holes.
@@ -282,25 +287,6 @@ struct QueryTile {
     }
 };
 
-// K as the first product reads it: in place where the element type and an even head_dim allow it.
-template <class E>
-inline void stage_key(const Problem& p, KeyBlock& block, float* staged) {
-    if (E::kType == DType::f32 || (E::kPaired && p.head_dim % 2 == 0)) return;
-    const int64_t width = E::elements(p.head_dim);
-    for (int64_t j = 0; j < block.end - block.begin; ++j) {
-        const char* from = block.key + j * block.key_stride;
-        float* to = staged + j * width;
-        if constexpr (E::kPaired) {
-            to[width - 1] = 0.0f;
-            std::memcpy(to, from, static_cast<size_t>(p.head_dim) * 2);
-        } else {
-            load_row<E::kType>(from, p.head_dim, to, width);
-        }
-    }
-    block.key = reinterpret_cast<const char*>(staged);
-    block.key_stride = width * 4;
-}
-
 // NaN and Inf among staged elements become 0.
 template <class E>
 inline void zero_non_finite(float* staged, int64_t count) {
@@ -311,6 +297,44 @@ inline void zero_non_finite(float* staged, int64_t count) {
             std::memset(bytes + i * kSize, 0, kSize);
         }
     }
+}
+
+// K or V as a product reads it along its depth: in place where the element type and an even length allow it.
+template <class E>
+inline void stage_depth(int64_t keys, int64_t columns, const char*& rows, int64_t& stride, float* staged) {
+    if (E::kType == DType::f32 || (E::kPaired && columns % 2 == 0)) return;
+    const int64_t width = E::elements(columns);
+    for (int64_t j = 0; j < keys; ++j) {
+        float* to = staged + j * width;
+        if constexpr (E::kPaired) {
+            to[width - 1] = 0.0f;
+            std::memcpy(to, rows + j * stride, static_cast<size_t>(columns) * 2);
+        } else {
+            load_row<E::kType>(rows + j * stride, columns, to, width);
+        }
+    }
+    rows = reinterpret_cast<const char*>(staged);
+    stride = width * 4;
+}
+
+// K or V as a product reads it across keys: in place (float32), as pairs of keys (paired), else as floats. In a dirty
+// block NaN and Inf are replaced by 0; whoever sees them gets them afterwards, one by one.
+template <class E>
+inline void stage_by_keys(int64_t keys, int64_t columns, bool dirty, const char*& rows, int64_t& stride,
+                          float* staged) {
+    if (E::kType == DType::f32 && !dirty) return;
+    const int64_t width = round_up(columns, 4);
+    if constexpr (E::kPaired) {
+        for (int64_t j = 0; j < keys; j += 2) {
+            const char* second = j + 1 < keys ? rows + (j + 1) * stride : nullptr;
+            load_pair_row(rows + j * stride, second, columns, staged + j / 2 * width, width);
+        }
+    } else {
+        for (int64_t j = 0; j < keys; ++j) load_row<E::kType>(rows + j * stride, columns, staged + j * width, width);
+    }
+    if (dirty) zero_non_finite<E>(staged, E::elements(keys) * width);
+    rows = reinterpret_cast<const char*>(staged);
+    stride = width * 4;
 }
 
 TF_INLINE float sink_log2(const Problem& p, int64_t head) {
@@ -353,6 +377,28 @@ inline void pack_rows_transposed(const QueryTile& tile, const Operand& operand, 
         }
     }
     transpose(staged, width, target, kRows, lanes, width);
+}
+
+// Rows of an operand, one a lane, in order (paired: two rows a pair row), padded with zeros to `width`. The same rows
+// are zero as above.
+template <class E>
+inline void pack_rows(const QueryTile& tile, const Operand& operand, int64_t columns, float* target, int64_t width) {
+    const auto row = [&](int lane) -> const char* {
+        if (lane >= tile.rows || tile.sees_nothing(lane)) return nullptr;
+        return row_of(operand, E::kSize, tile.p.packed ? 0 : tile.s.index, tile.head[lane],
+                      tile.s.first_query + tile.position[lane]);
+    };
+    constexpr int kStep = E::kPaired ? 2 : 1;
+    for (int lane = 0; lane < tile.vectors * kLanes; lane += kStep) {
+        float* to = target + lane / kStep * width;
+        if constexpr (E::kPaired) {
+            load_pair_row(row(lane), row(lane + 1), columns, to, width);
+        } else if (const char* from = row(lane)) {
+            load_row<E::kType>(from, columns, to, width);
+        } else {
+            std::memset(to, 0, static_cast<size_t>(width) * 4);
+        }
+    }
 }
 
 }  // namespace

@@ -11,15 +11,17 @@ namespace TF_ISA {
 namespace {
 
 // The rate of the kernels' inner instruction on registers alone: what "peak" means in the benchmarks.
-template <class Product>
+template <class Product, bool kFactor>
 double spin(int64_t repeats) {
     constexpr int kChains = 12;
-    F sum[kChains], a = set1(1.0f), b = set1(0.5f);
-    unroll<kChains>([&](auto i) TF_INLINE_LAMBDA { sum[i] = zero(); });
+    F sum[kChains], a = set1(0.5f), b = set1(1.0f);
+    // Chains that differ, or the compiler keeps one of them.
+    unroll<kChains>([&](auto i) TF_INLINE_LAMBDA { sum[i] = set1(static_cast<float>(repeats % 7 + i)); });
     for (int64_t k = 0; k < repeats; ++k) {
-        unroll<kChains>([&](auto i) TF_INLINE_LAMBDA { sum[i] = Product::multiply_add(sum[i], a, b); });
-        // Unknown to the optimiser, so that the chains are not folded into one product.
-        __asm__ volatile("" : "+m"(a), "+m"(b));
+        // The running value is a factor, so that no product can be taken out of the chain.
+        unroll<kChains>([&](auto i) TF_INLINE_LAMBDA {
+            sum[i] = kFactor ? Product::multiply_add(b, sum[i], a) : Product::multiply_add(sum[i], a, b);
+        });
     }
     F total = zero();
     unroll<kChains>([&](auto i) TF_INLINE_LAMBDA { total += sum[i]; });
@@ -29,10 +31,10 @@ double spin(int64_t repeats) {
 
 double peak_flops(DType dtype, int64_t repeats) {
 #if defined(__AVX512BF16__)
-    if (dtype == DType::bf16) return 2.0 * spin<Bf16PairProduct>(repeats);
+    if (dtype == DType::bf16) return 2.0 * spin<Bf16PairProduct, false>(repeats);
 #endif
     (void)dtype;
-    return spin<Float32Product>(repeats);
+    return spin<Float32Product, true>(repeats);
 }
 
 }  // namespace

@@ -71,11 +71,19 @@ inline void load_pair_row(const char* first, const char* second, int64_t count, 
     }
 }
 
+#if defined(__AVX512BF16__)
+// Element 2i from place i, element 2i + 1 from place 16 + i.
+TF_INLINE __m512i interleave_index() {
+    const __m512i low = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(16)), 16));
+}
+#endif
+
 // Two vectors of floats, rounded to bf16, as pairs (a[i], b[i]).
 TF_INLINE F pair_bf16(F a, F b) {
 #if defined(__AVX512BF16__)
-    const U low = __builtin_convertvector(to_bf16(a), U), high = __builtin_convertvector(to_bf16(b), U) << 16;
-    return reinterpret_cast<F>(low | high);
+    const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a));
+    return reinterpret_cast<F>(_mm512_permutexvar_epi16(interleave_index(), reinterpret_cast<__m512i>(both)));
 #else
     (void)b;
     return a;

@@ -78,32 +78,40 @@ TF_INLINE void unroll(Fn&& fn) {
     unroll_impl(fn, std::make_integer_sequence<int, kCount>{});
 }
 
-// 2^x, to 1 ulp or so with kDegree 5 and to 1e-4 with kDegree 3. Results below 2^-126 are 0; NaN stays NaN.
-// x = n + f with n the nearest integer: adding 1.5 * 2^23 leaves n in the low bits of the sum.
-// The polynomials are minimax fits of 2^f on [-0.5, 0.5].
+// 2^x, to 1 ulp or so with kDegree 5 and to 1e-4 with kDegree 3. Results below 2^-126 may be 0; NaN stays NaN.
+//
+// x = n + f with n = floor(x), 2^x = 2^n * 2^f, and the polynomials are minimax fits of 2^f on [0, 1). AVX-512 has
+// both steps as instructions. Elsewhere adding 1.5 * 2^23 to x - 0.5 leaves n in the low bits of the sum.
 template <int kDegree>
 TF_INLINE F exp2(F x) {
     static_assert(kDegree == 3 || kDegree == 5, "fitted degrees");
-    x = maximum(set1(-127.0f), x);
+#if defined(__AVX512F__)
+    const F f = reinterpret_cast<F>(_mm512_reduce_ps(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEG_INF));
+#else
+    x = maximum(set1(-126.0f), x);
     const F magic = set1(12582912.0f);
-    const F shifted = x + magic;
+    const F shifted = (x - 0.5f) + magic;
     const F f = x - (shifted - magic);
+#endif
     F p;
     if constexpr (kDegree == 3) {
-        p = set1(0.0551716685f);
-        p = p * f + 0.242611125f;
-        p = p * f + 0.693260968f;
-        p = p * f + 0.999928057f;
+        p = set1(0.0780245215f);
+        p = p * f + 0.226067156f;
+        p = p * f + 0.695833564f;
+        p = p * f + 0.999925196f;
     } else {
-        p = set1(0.00132764725f);
-        p = p * f + 0.00967554189f;
-        p = p * f + 0.0555071309f;
-        p = p * f + 0.240221202f;
-        p = p * f + 0.693146944f;
-        p = p * f + 1.00000012f;
+        p = set1(0.00187757669f);
+        p = p * f + 0.00898934063f;
+        p = p * f + 0.0558263175f;
+        p = p * f + 0.240153611f;
+        p = p * f + 0.693153083f;
+        p = p * f + 0.99999994f;
     }
-    const I scale = (as_int(shifted) << 23) + (127 << 23);
-    return p * as_float(scale);
+#if defined(__AVX512F__)
+    return reinterpret_cast<F>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(x)));
+#else
+    return p * as_float((as_int(shifted) << 23) + (127 << 23));
+#endif
 }
 
 // tanh(x) = e / (e + 2) with e = exp(2x) - 1, which is accurate near 0 because 2^f - 1 = f * q(f) is formed before

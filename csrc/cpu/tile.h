@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kRows = 64;  // query rows of a tile
 constexpr int kVectors = kRows / kLanes;
-constexpr int kKeys = 64;  // keys of a block
+constexpr int kKeys = 96;  // keys of a block
 
 // What the element type decides. A "paired" type multiplies bf16 pairs as they are; the others become floats first.
 template <DType kType_>

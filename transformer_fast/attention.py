@@ -14,7 +14,9 @@ from .spec import Operands, UnsupportedError, make_spec, options_of, parse_optio
 
 def _four_dims(bias: Any) -> Any:
     """A bias of fewer dimensions stands for leading ones, as everywhere in broadcasting."""
-    return bias[(None,) * (4 - bias.dim())] if isinstance(bias, Tensor) and bias.dim() < 4 else bias
+    if bias is None or not isinstance(bias, Tensor) or bias.dim() >= 4:
+        return bias
+    return bias[(None,) * (4 - bias.dim())]
 
 
 def attention(

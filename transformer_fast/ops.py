@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 
 from .backends import Results, Runner, select_backend
 from .layout import new_output
@@ -27,8 +28,12 @@ _MAX_RUNNERS = 4096
 
 def runner_for(operands: Operands, options: Options) -> Runner:
     """The back end made ready for a problem; remembered, so that the checks run once per shape and options."""
-    grad = torch.is_grad_enabled() and operands.alibi_slopes is not None and operands.alibi_slopes.requires_grad
-    key = (options, grad, *[t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in operands])
+    slopes = operands.alibi_slopes
+    key = (
+        options,
+        slopes is not None and slopes.requires_grad and torch.is_grad_enabled(),
+        *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in operands],
+    )
     found = _runners.get(key)
     if found is None:
         spec = make_spec(operands, options)
@@ -74,15 +79,31 @@ def _by_operand(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[T
     return result
 
 
-def _is_traced(operands: Operands) -> bool:
+def _is_traced(operands: Operands, options: Options) -> bool:
     """Is somebody watching who must see an op: a compiler, a tracer, a mode, a transform, a tensor subclass?"""
+    for tensor in operands:
+        kind = type(tensor)
+        if tensor is None or kind is Tensor or kind is Parameter:
+            continue
+        if not isinstance(tensor, Tensor):
+            check(operands, options)  # raises, naming the argument
+        return True
     return (
         torch.compiler.is_compiling()
-        or any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in operands)
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.jit.is_tracing()
     )
+
+
+def _takes_gradient(operands: Operands) -> bool:
+    """Must autograd hear of this call?"""
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in operands:
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 def autocast_operands(operands: Operands) -> Operands:
@@ -106,18 +127,16 @@ def autocast_operands(operands: Operands) -> Operands:
 
 def run(operands: Operands, options: Options, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     """One attention problem from operands and options: the one place where the ways part."""
-    if not all(isinstance(t, Tensor) for t in operands[:3]):
-        check(operands, options)  # raises, naming the argument
+    traced = _is_traced(operands, options)
     operands = autocast_operands(operands)
     if options.dropout_p > 0.0:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=operands.query.device)
         operands = operands._replace(rng_seed=seed)
-    if _is_traced(operands):
+    if traced:
         return attention_op(*operands, *options)[:2]
     runner = runner_for(operands, options)
-    if torch.is_grad_enabled() and not runner.is_differentiable:
-        if any(t is not None and t.requires_grad for t in operands):
-            return _Attention.apply(runner, *operands)  # type: ignore[no-any-return]
+    if not runner.is_differentiable and _takes_gradient(operands):
+        return _Attention.apply(runner, *operands)  # type: ignore[no-any-return]
     return runner.forward(operands, need_lse=need_lse, need_stats=False)[:2]
 
 

@@ -77,14 +77,15 @@ class CpuRunner(Runner):
         self.lse_shape = (
             (spec.num_heads, spec.total_q) if spec.is_packed else (spec.batch, spec.num_heads, spec.seqlen_q)
         )
-        self.plan = _C_cpu.Plan(self._fields(spec))
-
-    def _fields(self, spec: AttentionSpec) -> dict[str, Any]:
-        options = spec.options
-        left, right = masks.bounds(options.window_left, options.window_right)
         # Shapes and strides only: the layout of what forward and backward will allocate.
         meta = [torch.empty_strided(o.shape, o.stride, device="meta") for o in spec.layouts[:3] if o is not None]
-        grads = [torch.empty_like(t) for t in meta]
+        out = new_output(meta[0], spec.head_dim_v)
+        self.out_shape, self.out_stride = out.shape, out.stride()
+        self.plan = _C_cpu.Plan(self._fields(spec, out, [torch.empty_like(t) for t in meta]))
+
+    def _fields(self, spec: AttentionSpec, out: Tensor, grads: list[Tensor]) -> dict[str, Any]:
+        options = spec.options
+        left, right = masks.bounds(options.window_left, options.window_right)
         query, key, value, bias, slopes, sinks, key_mask, seqlens_k = (
             spec.layout(name)
             for name in "query key value bias alibi_slopes sinks key_padding_mask seqlens_k".split()
@@ -104,7 +105,7 @@ class CpuRunner(Runner):
             "query": _row_strides(query, self.packed),
             "key": _row_strides(key, self.packed),
             "value": _row_strides(value, self.packed),
-            "out": _row_strides(new_output(meta[0], spec.head_dim_v), self.packed),
+            "out": _row_strides(out, self.packed),
             "dquery": _row_strides(grads[0], self.packed),
             "dkey": _row_strides(grads[1], self.packed),
             "dvalue": _row_strides(grads[2], self.packed),
@@ -120,16 +121,16 @@ class CpuRunner(Runner):
 
     def _pointers(self, operands: Operands) -> tuple[int, ...]:
         *tensors, seed = operands
-        return (*map(_pointer, tensors), 0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF)
+        pointers = [0 if t is None else t.data_ptr() for t in tensors]
+        return (*pointers, 0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF)
 
     def forward(self, operands: Operands, *, need_lse: bool, need_stats: bool) -> Results:
-        query = operands.query
-        out = new_output(query, self.spec.head_dim_v)
+        out = torch.empty_strided(self.out_shape, self.out_stride, dtype=self.spec.dtype)
         lse = stats = None
         if need_lse or need_stats:
-            lse = query.new_empty(self.lse_shape, dtype=torch.float32)
+            lse = torch.empty(self.lse_shape, dtype=torch.float32)
         if need_stats:
-            stats = query.new_empty((2, *self.lse_shape), dtype=torch.float32)
+            stats = torch.empty((2, *self.lse_shape), dtype=torch.float32)
         self.plan.forward(
             *self._pointers(operands), out.data_ptr(), _pointer(lse), _pointer(stats), torch.get_num_threads()
         )

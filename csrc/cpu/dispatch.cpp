@@ -14,7 +14,6 @@ namespace tf {
 namespace portable {
 extern const Kernels kKernels;
 }
-#if defined(TF_HAS_X86)
 namespace avx2 {
 extern const Kernels kKernels;
 }
@@ -24,22 +23,32 @@ extern const Kernels kKernels;
 namespace avx512_bf16 {
 extern const Kernels kKernels;
 }
-#endif
 
 namespace {
 
 // ------------------------------------------------------------------------------------------------ instruction sets
 
+#if defined(__x86_64__)
+[[maybe_unused]] bool supports_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+[[maybe_unused]] bool supports_avx512() {
+    return supports_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 std::vector<const Kernels*> find_kernels() {
     std::vector<const Kernels*> found;
-#if defined(TF_HAS_X86)
-    const bool has_avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (has_avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16::kKernels);
-    if (has_avx512) found.push_back(&avx512::kKernels);
-    if (has_avx2) found.push_back(&avx2::kKernels);
+    // The build says which of these exist, the machine which of them it can run.
+#if defined(TF_HAS_AVX512_BF16)
+    if (supports_avx512() && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16::kKernels);
+#endif
+#if defined(TF_HAS_AVX512)
+    if (supports_avx512()) found.push_back(&avx512::kKernels);
+#endif
+#if defined(TF_HAS_AVX2)
+    if (supports_avx2()) found.push_back(&avx2::kKernels);
 #endif
     found.push_back(&portable::kKernels);
     return found;

@@ -86,9 +86,9 @@ if only := os.environ.get("TRANSFORMER_FAST_ISAS"):
 
 
 def cpu_module() -> NativeModule:
-    """Bindings and dispatch once; every other CPU source once per instruction set."""
-    once = [CSRC / "bindings" / "cpu.cpp", CSRC / "cpu" / "dispatch.cpp"]
-    kernels = [source for source in sorted((CSRC / "cpu").glob("*.cpp")) if source not in once]
+    """Bindings and the host side once; the kernels once per instruction set."""
+    once = [CSRC / "bindings" / "cpu.cpp", *sorted((CSRC / "cpu" / "host").glob("*.cpp"))]
+    kernels = sorted((CSRC / "cpu").glob("*.cpp"))
     baseline = tuple(f"-DTF_HAS_{isa.upper()}=1" for isa in INSTRUCTION_SETS)
     units = [Unit(source, baseline) for source in once]
     for isa, flags in INSTRUCTION_SETS.items():

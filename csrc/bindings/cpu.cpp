@@ -2,7 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "cpu/dispatch.h"
+#include "cpu/host/attention.h"
+#include "cpu/host/isa.h"
 
 namespace py = pybind11;
 

@@ -90,30 +90,45 @@ TF_INLINE F pair_bf16(F a, F b) {
 #endif
 }
 
-// target[c][r] = source[r][c]; rows and columns are multiples of 4, strides in 32-bit elements.
+// A square of kLanes by kLanes, turned in registers: step s exchanges the off-diagonal blocks of s by s.
+TF_INLINE void transpose_square(const float* source, int64_t source_stride, float* target, int64_t target_stride) {
+    F row[kLanes];
+    unroll<kLanes>([&](auto r) TF_INLINE_LAMBDA { row[r] = load(source + r * source_stride); });
+    const auto step = [&](auto size) TF_INLINE_LAMBDA {
+        constexpr int s = size;
+        I upper, lower;
+        for (int k = 0; k < kLanes; ++k) {
+            upper[k] = k & s ? kLanes + k - s : k;
+            lower[k] = k & s ? kLanes + k : k + s;
+        }
+        unroll<kLanes>([&](auto r) TF_INLINE_LAMBDA {
+            if constexpr ((r & s) == 0) {
+                const F a = row[r], b = row[r + s];
+                row[r] = __builtin_shuffle(a, b, upper);
+                row[r + s] = __builtin_shuffle(a, b, lower);
+            }
+        });
+    };
+    step(std::integral_constant<int, 1>{});
+    step(std::integral_constant<int, 2>{});
+    if constexpr (kLanes > 4) step(std::integral_constant<int, 4 % kLanes>{});
+    if constexpr (kLanes > 8) step(std::integral_constant<int, 8 % kLanes>{});
+    unroll<kLanes>([&](auto r) TF_INLINE_LAMBDA { store(target + r * target_stride, row[r]); });
+}
+
+// target[c][r] = source[r][c]; strides in 32-bit elements. What is not a whole square is moved one by one.
 inline void transpose(const float* source, int64_t source_stride, float* target, int64_t target_stride, int64_t rows,
                       int64_t columns) {
-    typedef float Q __attribute__((vector_size(16)));
-    typedef Q QUnaligned __attribute__((aligned(4), may_alias));
-    typedef int32_t Index __attribute__((vector_size(16)));
-    for (int64_t c = 0; c < columns; c += 4) {
-        for (int64_t r = 0; r < rows; r += 4) {
-            const float* from = source + r * source_stride + c;
-            const Q r0 = *reinterpret_cast<const QUnaligned*>(from);
-            const Q r1 = *reinterpret_cast<const QUnaligned*>(from + source_stride);
-            const Q r2 = *reinterpret_cast<const QUnaligned*>(from + 2 * source_stride);
-            const Q r3 = *reinterpret_cast<const QUnaligned*>(from + 3 * source_stride);
-            const Q low01 = __builtin_shuffle(r0, r1, Index{0, 4, 1, 5});
-            const Q high01 = __builtin_shuffle(r0, r1, Index{2, 6, 3, 7});
-            const Q low23 = __builtin_shuffle(r2, r3, Index{0, 4, 1, 5});
-            const Q high23 = __builtin_shuffle(r2, r3, Index{2, 6, 3, 7});
-            float* to = target + c * target_stride + r;
-            *reinterpret_cast<QUnaligned*>(to) = __builtin_shuffle(low01, low23, Index{0, 1, 4, 5});
-            *reinterpret_cast<QUnaligned*>(to + target_stride) = __builtin_shuffle(low01, low23, Index{2, 3, 6, 7});
-            *reinterpret_cast<QUnaligned*>(to + 2 * target_stride) =
-                __builtin_shuffle(high01, high23, Index{0, 1, 4, 5});
-            *reinterpret_cast<QUnaligned*>(to + 3 * target_stride) =
-                __builtin_shuffle(high01, high23, Index{2, 3, 6, 7});
+    const int64_t whole_rows = rows / kLanes * kLanes, whole_columns = columns / kLanes * kLanes;
+    for (int64_t r = 0; r < whole_rows; r += kLanes) {
+        for (int64_t c = 0; c < whole_columns; c += kLanes) {
+            transpose_square(source + r * source_stride + c, source_stride, target + c * target_stride + r,
+                             target_stride);
+        }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c) {
+            target[c * target_stride + r] = source[r * source_stride + c];
         }
     }
 }

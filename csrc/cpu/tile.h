@@ -94,12 +94,16 @@ struct QueryTile {
               const BiasScratch& bias_scratch)
         : p(problem), s(sequence), kv_head(kv_head_), first_row(first), rows(count), bias(bias_scratch) {
         vectors = static_cast<int>(ceil_div(rows, kLanes));
+        int64_t row_position = first_row / p.group_size, member = first_row % p.group_size;
         for (int lane = 0; lane < kRows; ++lane) {
             lo[lane] = hi[lane] = 0;
-            const int64_t row = first_row + min_of<int64_t>(lane, rows - 1);
-            position[lane] = row / p.group_size;
-            head[lane] = kv_head * p.group_size + row % p.group_size;
-            if (lane >= rows) continue;
+            position[lane] = row_position;
+            head[lane] = kv_head * p.group_size + member;
+            if (lane >= rows) continue;  // the last row stands in for lanes past it
+            if (lane + 1 < rows && ++member == p.group_size) {
+                member = 0;
+                ++row_position;
+            }
             Interval visible = row_interval(s.mask, position[lane]);
             if (p.summary.lo != nullptr) visible = intersect_summary(lane, visible);
             lo[lane] = static_cast<int32_t>(visible.lo);

@@ -1,0 +1,15 @@
+// The two passes: from a problem to threads running tiles.
+#pragma once
+
+#include "core/params.h"
+
+namespace tf {
+
+// Each of these throws std::invalid_argument for lengths out of range.
+void attention_forward(const Problem&);
+void attention_backward(const Problem&);
+
+// Would forward split the keys (few query rows) instead of tiling the rows?
+bool takes_decode_path(const Problem&);
+
+}  // namespace tf

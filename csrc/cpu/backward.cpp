@@ -136,10 +136,10 @@ class Backward : BackwardScratch<E> {
         }
         bool loaded = false;
         BackwardBlock block{};
-        tile.for_each_segment(n0, n1, E::kPaired, [&](int v, int64_t k0, int64_t k1, bool masked) {
+        tile.for_each_segment(n0, n1, E::kPaired, [&](int v, int count, int64_t k0, int64_t k1, bool masked) {
             if (!loaded) block = load_block(n0, n1, true);
             loaded = true;
-            attend(block, v, 1, k0, k1, masked);
+            attend(block, v, count, k0, k1, masked);
         });
     }
 
@@ -297,10 +297,10 @@ void backward(const Problem& p, const Sequence& sequence, const BackwardRun& run
 
 void store_gradient_row(DType dtype, const float* const* parts, int64_t part_count, int64_t count, float scale,
                         float* sum, char* target) {
-    for (int64_t i = 0; i < count; ++i) {
-        float total = 0.0f;
-        for (int64_t part = 0; part < part_count; ++part) total += parts[part][i];
-        sum[i] = total;
+    if (part_count == 1) return store_row(dtype, parts[0], count, scale, target);
+    std::memset(sum, 0, static_cast<size_t>(count) * 4);
+    for (int64_t part = 0; part < part_count; ++part) {
+        for (int64_t i = 0; i < count; ++i) sum[i] += parts[part][i];
     }
     store_row(dtype, sum, count, scale, target);
 }

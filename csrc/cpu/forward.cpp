@@ -70,10 +70,10 @@ class Forward : ForwardScratch<E> {
         }
         bool loaded = false;
         KeyBlock block{};
-        tile.for_each_segment(n0, n1, E::kPaired, [&](int v, int64_t k0, int64_t k1, bool masked) {
+        tile.for_each_segment(n0, n1, E::kPaired, [&](int v, int count, int64_t k0, int64_t k1, bool masked) {
             if (!loaded) block = load_block(n0, n1, true);
             loaded = true;
-            attend(block, v, 1, k0, k1, masked);
+            attend(block, v, count, k0, k1, masked);
         });
     }
 

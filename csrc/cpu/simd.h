@@ -216,9 +216,10 @@ TF_INLINE F load_as_float(const char* p) {
     if constexpr (kType == DType::f32) return load(reinterpret_cast<const float*>(p));
     if constexpr (kType == DType::bf16) return load_bf16(p);
     if constexpr (kType == DType::f16) return load_f16(p);
-    F x;
-    for (int i = 0; i < kLanes; ++i) x[i] = p[i] ? 0.0f : -kInfinity;
-    return x;
+    typedef uint8_t B __attribute__((vector_size(kLanes)));
+    B bytes;
+    std::memcpy(&bytes, p, kLanes);
+    return select(__builtin_convertvector(bytes, I) != 0, zero(), set1(-kInfinity));
 }
 
 template <DType kType>

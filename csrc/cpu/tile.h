@@ -18,6 +18,7 @@ namespace {
 constexpr int kRows = 64;  // query rows of a tile
 constexpr int kVectors = kRows / kLanes;
 constexpr int kKeys = 96;  // keys of a block
+constexpr int kGroup = max_of(1, 16 / kLanes);  // vectors that edge blocks treat alike: 16 rows
 
 // What the element type decides. A "paired" type multiplies bf16 pairs as they are; the others become floats first.
 template <DType kType_>
@@ -139,19 +140,46 @@ struct QueryTile {
         return true;
     }
 
-    // The parts of an edge block [n0, n1): for each vector the keys that any of its rows sees. `paired` keeps their
-    // ends at whole pairs of keys, counted from n0. fn(vector, first key, last key + 1, does it need a mask).
+    // The parts of an edge block [n0, n1): for each group of vectors the keys that any of its rows sees; neighbours
+    // that see the same keys go together. `paired` keeps the ends at whole pairs of keys, counted from n0.
+    // fn(first vector, how many, first key, last key + 1, does it need a mask).
     template <class Fn>
     void for_each_segment(int64_t n0, int64_t n1, bool paired, Fn&& fn) const {
-        for (int v = 0; v < vectors; ++v) {
-            int64_t k0 = max_of(n0, range[v].begin), k1 = min_of(n1, range[v].end);
-            if (k0 >= k1 || (reads_mask[v] && !any_by_mask(v, k0, k1))) continue;
-            if (paired) {
-                k0 -= (k0 - n0) & 1;
-                k1 = min_of(k1 + ((k1 - n0) & 1), n1);
+        int first = 0, count = 0;
+        Interval keys{0, 0};
+        bool masked = false;
+        for (int v = 0; v < vectors; v += kGroup) {
+            const int group = min_of(kGroup, vectors - v);
+            Interval seen = seen_by_group(v, group, n0, n1);
+            if (paired && seen.lo < seen.hi) {
+                seen.lo -= (seen.lo - n0) & 1;
+                seen.hi = min_of(seen.hi + ((seen.hi - n0) & 1), n1);
             }
-            fn(v, k0, k1, !is_full(v, k0, k1));
+            if (count > 0 && (seen.lo != keys.lo || seen.hi != keys.hi)) {
+                if (keys.lo < keys.hi) fn(first, count, keys.lo, keys.hi, masked);
+                count = 0;
+            }
+            if (count == 0) {
+                first = v;
+                keys = seen;
+                masked = false;
+            }
+            count += group;
+            for (int i = v; i < v + group; ++i) masked |= !is_full(i, seen.lo, seen.hi);
         }
+        if (count > 0 && keys.lo < keys.hi) fn(first, count, keys.lo, keys.hi, masked);
+    }
+
+    // The keys of [n0, n1) that some row of the vectors [v, v + count) sees.
+    Interval seen_by_group(int v, int count, int64_t n0, int64_t n1) const {
+        Interval seen{n1, n0};
+        for (int i = v; i < v + count; ++i) {
+            const int64_t lo_key = max_of(n0, range[i].begin), hi_key = min_of(n1, range[i].end);
+            if (lo_key >= hi_key || (reads_mask[i] && !any_by_mask(i, lo_key, hi_key))) continue;
+            seen.lo = min_of(seen.lo, lo_key);
+            seen.hi = max_of(seen.hi, hi_key);
+        }
+        return seen.lo < seen.hi ? seen : Interval{n0, n0};
     }
 
     // Is any key of [k0, k1) visible to vector v, by the bytes of the mask? Only asked where there are holes.
@@ -207,9 +235,10 @@ struct QueryTile {
     // Scores that a row does not see become -inf, whatever they were.
     void apply_mask(float* scores, int v0, int count, int64_t k0, int64_t k1) {
         const F minus_infinity = set1(-kInfinity);
+        bool dense = false;
+        for (int v = v0; v < v0 + count; ++v) dense |= reads_mask[v] && p.summary.lo != nullptr;
+        if (dense) load_bias(v0, count, k0, k1);
         for (int v = v0; v < v0 + count; ++v) {
-            const bool dense = reads_mask[v] && p.summary.lo != nullptr;
-            if (dense) load_bias(v, 1, k0, k1);
             const I first = load_int(lo + v * kLanes), last = load_int(hi + v * kLanes);
             for (int64_t j = k0; j < k1; ++j) {
                 float* at = scores + (j - k0) * kRows + v * kLanes;

@@ -129,9 +129,7 @@ def attention_varlen(
     options = options_of(
         causal, window_size, softmax_scale, softcap, dropout_p, deterministic, backend, max_seqlen_q, max_seqlen_k
     )
-    operands = Operands(
-        query, key, value, cu_seqlens_q, cu_seqlens_k, None, None, None, alibi_slopes, sinks, None
-    )
+    operands = Operands(query, key, value, cu_seqlens_q, cu_seqlens_k, None, None, None, alibi_slopes, sinks, None)
     out, lse = run(operands, options, return_lse)
     return (out, lse) if return_lse else out  # type: ignore[return-value]
 
@@ -176,7 +174,16 @@ def explain(
     """
     del return_lse  # makes no difference to the choice
     operands = Operands(
-        query, key, value, cu_seqlens_q, cu_seqlens_k, seqlens_k, key_padding_mask, _four_dims(bias), alibi_slopes, sinks
+        query,
+        key,
+        value,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqlens_k,
+        key_padding_mask,
+        _four_dims(bias),
+        alibi_slopes,
+        sinks,
     )
     spec = make_spec(operands, parse_options(**options))
     answers = reasons(spec)
@@ -185,8 +192,9 @@ def explain(
     except UnsupportedError as error:
         return Explanation(None, str(error), {name: reason for name, reason in answers.items() if reason is not None})
     others = {
-        name: reason or f"it could, but {chosen.name} comes first" if spec.options.backend == "auto" else reason
-        or f"it could, but backend={chosen.name!r} was asked for"
+        name: reason or f"it could, but {chosen.name} comes first"
+        if spec.options.backend == "auto"
+        else reason or f"it could, but backend={chosen.name!r} was asked for"
         for name, reason in answers.items()
         if name != chosen.name
     }

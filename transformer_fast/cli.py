@@ -86,16 +86,18 @@ def _yes(value: bool) -> str:
 def verify(
     backend: Annotated[
         list[str] | None,
-        typer.Option(help="A back end (cpu), or one of its instruction sets (cpu/avx2). Repeat for more; all by default."),
+        typer.Option(
+            help="A back end (cpu), or one of its instruction sets (cpu/avx2). Repeat for more; all by default."
+        ),
     ] = None,
     dtype: Annotated[
         list[str] | None, typer.Option(help="float32, bfloat16 or float16. Repeat for more; all by default.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Only the core cases: under half a minute.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of the inputs; drawn fresh by default, and told.")] = None,
-    output: Annotated[
-        Path, typer.Option(help="Directory for verify.json and verify.html.", file_okay=False)
-    ] = Path("reports/verify"),
+    output: Annotated[Path, typer.Option(help="Directory for verify.json and verify.html.", file_okay=False)] = Path(
+        "reports/verify"
+    ),
     threads: Threads = None,
 ) -> None:
     """Check every back end against the float64 oracle, forward and gradients; exit status 1 if anything fails.
@@ -173,9 +175,9 @@ def bench(
     ] = None,
     isa: Annotated[str | None, typer.Option(help="Force an instruction set: portable, avx2, avx512...")] = None,
     repeats: Annotated[int | None, typer.Option(min=2, help="Samples of each step.")] = None,
-    output: Annotated[
-        Path, typer.Option(help="Directory for bench.json and bench.md.", file_okay=False)
-    ] = Path("reports/bench"),
+    output: Annotated[Path, typer.Option(help="Directory for bench.json and bench.md.", file_okay=False)] = Path(
+        "reports/bench"
+    ),
     threads: Threads = None,
     show_list: Annotated[bool, typer.Option("--list", help="Show cases and peers, and stop.")] = False,
 ) -> None:
@@ -257,13 +259,13 @@ def _ratio(row: Row, peer: str) -> str:
 
 @app.command()
 def demo(
-    output: Annotated[
-        Path, typer.Option(help="Directory for the report, its plots and data.", file_okay=False)
-    ] = Path("reports/demo"),
+    output: Annotated[Path, typer.Option(help="Directory for the report, its plots and data.", file_okay=False)] = Path(
+        "reports/demo"
+    ),
     quick: Annotated[bool, typer.Option("--quick", help="Smaller in everything: about a minute.")] = False,
     threads: Threads = None,
 ) -> None:
-    """The tour: a real pretrained encoder, a decoder that learns and writes, speed by variant, and a report of it all."""
+    """The tour: a real pretrained encoder, a decoder that learns and writes, speed by variant, a report of it all."""
     _set_threads(threads)
     try:
         from transformer_fast.demo import run

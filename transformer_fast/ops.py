@@ -81,6 +81,7 @@ def _by_operand(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[T
 
 def _is_traced(operands: Operands, options: Options) -> bool:
     """Is somebody watching who must see an op: a compiler, a tracer, a mode, a transform, a tensor subclass?"""
+    tensor: Any
     for tensor in operands:
         kind = type(tensor)
         if tensor is None or kind is Tensor or kind is Parameter:
@@ -92,7 +93,7 @@ def _is_traced(operands: Operands, options: Options) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
     )
 
 
@@ -100,7 +101,7 @@ def _takes_gradient(operands: Operands) -> bool:
     """Must autograd hear of this call?"""
     if not torch.is_grad_enabled():
         return False
-    for tensor in operands:
+    for tensor in operands:  # noqa: SIM110: a loop costs a third of any() over a generator, in every call
         if tensor is not None and tensor.requires_grad:
             return True
     return False
@@ -136,7 +137,7 @@ def run(operands: Operands, options: Options, need_lse: bool) -> tuple[Tensor, T
         return attention_op(*operands, *options)[:2]
     runner = runner_for(operands, options)
     if not runner.is_differentiable and _takes_gradient(operands):
-        return _Attention.apply(runner, *operands)  # type: ignore[no-any-return]
+        return _Attention.apply(runner, *operands)
     return runner.forward(operands, need_lse=need_lse, need_stats=False)[:2]
 
 
@@ -270,29 +271,34 @@ def _fold(tensor: Tensor | None, in_dim: int | None, size: int) -> Tensor | None
 def _fold_operands(info: Any, in_dims: Sequence[int | None], operands: Operands) -> Operands:
     dims = dict(zip(Operands._fields, in_dims, strict=False))
     if operands.cu_seqlens_q is not None:
-        raise UnsupportedError("torch.func.vmap over attention_varlen is not supported; put the sequences in cu_seqlens")
+        raise UnsupportedError(
+            "torch.func.vmap over attention_varlen is not supported; put the sequences in cu_seqlens"
+        )
     for name in ("sinks", "rng_seed"):
         if dims[name] is not None:
-            raise UnsupportedError(f"torch.func.vmap over {name} is not supported; only tensors with a batch can be mapped")
+            raise UnsupportedError(
+                f"torch.func.vmap over {name} is not supported; only tensors with a batch can be mapped"
+            )
     if operands.rng_seed is not None:
-        raise UnsupportedError("torch.func.vmap with dropout_p > 0 is not supported: its randomness rules cannot be kept")
-    batch = operands.query.shape[1 if dims["query"] == 0 else 0]
-    folded: dict[str, Tensor | None] = {}
+        raise UnsupportedError(
+            "torch.func.vmap with dropout_p > 0 is not supported: its randomness rules cannot be kept"
+        )
+    size = info.batch_size
+    folded: dict[str, Any] = {}
     for name in ("query", "key", "value", "seqlens_k", "key_padding_mask"):
-        folded[name] = _fold(getattr(operands, name), dims[name], info.batch_size)
-    for name, one in (("bias", 4), ("alibi_slopes", 2)):
+        folded[name] = _fold(getattr(operands, name), dims[name], size)
+    batch = folded["query"].shape[0] // size
+    for name, own_dims in (("bias", 4), ("alibi_slopes", 2)):
         tensor = getattr(operands, name)
         if tensor is None:
             continue
-        shared = dims[name] is None and (tensor.dim() < one or tensor.shape[0] == 1)
-        if shared:
+        mapped = dims[name] is not None
+        if not mapped and (tensor.dim() < own_dims or tensor.shape[0] == 1):
             continue  # the same for every entry: broadcasts over the folded batch as it is
-        if tensor.dim() - (dims[name] is not None) < one:  # slopes (num_heads,), mapped
-            tensor = tensor.movedim(dims[name], 0).unsqueeze(1)
-            folded[name] = _fold(tensor.expand(-1, batch, -1), 0, info.batch_size)
-            continue
-        lead = tensor.movedim(dims[name], 0) if dims[name] is not None else tensor[None]
-        folded[name] = lead.expand(info.batch_size, batch, *lead.shape[2:]).flatten(0, 1)
+        tensor = tensor.movedim(dims[name], 0) if mapped else tensor[None]
+        if tensor.dim() == own_dims:  # slopes (num_heads,), mapped: the same for the whole batch of an entry
+            tensor = tensor.unsqueeze(1)
+        folded[name] = tensor.expand(size, batch, *tensor.shape[2:]).flatten(0, 1)
     return operands._replace(**folded)
 
 

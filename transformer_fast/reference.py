@@ -68,7 +68,7 @@ def dropout_keep(
     row = torch.arange(seqlen_q).view(1, 1, -1, 1)
     head = torch.arange(num_heads).view(1, -1, 1, 1)
     entry = torch.arange(first_batch, first_batch + batch).view(-1, 1, 1, 1)
-    outputs = philox_4x32(tuple(torch.broadcast_tensors(column, row, head, entry)), seed)  # type: ignore[arg-type]
+    outputs = philox_4x32(tuple(torch.broadcast_tensors(column, row, head, entry)), seed)
     random = torch.stack(outputs, dim=-1).flatten(-2)[..., :seqlen_k]
     return random >= dropout_threshold(p)
 
@@ -131,7 +131,9 @@ def _dense(operands: Operands, spec: AttentionSpec, first_batch: int = 0) -> tup
         scores = scores - _alibi_penalty(operands, seqlen_q, seqlen_k, dtype)
     scores = scores.masked_fill(~visible, float("-inf"))
 
-    empty = scores.detach().amax(-1, keepdim=True) == float("-inf") if seqlen_k else visible.new_ones(*query.shape[:3], 1)
+    empty = (
+        scores.detach().amax(-1, keepdim=True) == float("-inf") if seqlen_k else visible.new_ones(*query.shape[:3], 1)
+    )
     logits = scores.masked_fill(empty, 0)  # any finite number: the row is set to nothing below
     if operands.sinks is not None:
         sink = operands.sinks.to(dtype).view(1, -1, 1, 1).expand(batch, num_heads, seqlen_q, 1)

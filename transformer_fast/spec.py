@@ -7,6 +7,7 @@ equal calls share one spec, and the checks cost nothing after the first call of 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -312,7 +313,7 @@ def check(operands: Operands, options: Options) -> None:
 def make_spec(operands: Operands, options: Options) -> AttentionSpec:
     """Check the operands and write down everything about them except their data."""
     check(operands, options)
-    query, key, value = operands.query, operands.key, operands.value
+    query, value = operands.query, operands.value
     is_packed = operands.cu_seqlens_q is not None
     if is_packed:
         assert operands.cu_seqlens_q is not None
@@ -357,7 +358,7 @@ def check_values(operands: Operands, spec: AttentionSpec) -> None:
         name, values = f"cu_seqlens_{side}", cu.tolist()
         _require(values[0] == 0, f"{name}[0] is {values[0]}; allowed: 0")
         _require(values[-1] == total, f"{name}[-1] is {values[-1]}; allowed: {total}, the packed length")
-        for b, (begin, end) in enumerate(zip(values, values[1:], strict=False)):
+        for b, (begin, end) in enumerate(itertools.pairwise(values)):
             _require(
                 0 <= end - begin <= longest,
                 f"{name}[{b + 1}] - {name}[{b}] is {end - begin}; allowed: 0 to {longest} (max_seqlen_{side})",

@@ -20,7 +20,7 @@ T* as(Address address) {
 
 // Everything about a problem but the pointers, filled once for each AttentionSpec.
 class Plan {
-   public:
+  public:
     explicit Plan(const py::dict& fields) {
         const auto number = [&](const char* name) { return fields[name].cast<int64_t>(); };
         const auto real = [&](const char* name) { return fields[name].cast<float>(); };
@@ -78,8 +78,8 @@ class Plan {
     }
 
     void backward(Address query, Address key, Address value, Address cu_seqlens_q, Address cu_seqlens_k,
-                  Address seqlens_k, Address key_mask, Address bias, Address alibi_slopes, Address sinks,
-                  uint64_t seed, Address out, Address lse, Address stats, int num_threads, Address dout,
+                  Address seqlens_k, Address key_mask, Address bias, Address alibi_slopes, Address sinks, uint64_t seed,
+                  Address out, Address lse, Address stats, int num_threads, Address dout,
                   std::array<int64_t, 3> dout_strides, Address dlse, Address delta, Address dquery, Address dkey,
                   Address dvalue, Address dbias) const {
         tf::Problem p = with_operands(query, key, value, cu_seqlens_q, cu_seqlens_k, seqlens_k, key_mask, bias,
@@ -97,7 +97,7 @@ class Plan {
 
     bool takes_decode_path() const { return tf::takes_decode_path(p_); }
 
-   private:
+  private:
     tf::Problem with_operands(Address query, Address key, Address value, Address cu_seqlens_q, Address cu_seqlens_k,
                               Address seqlens_k, Address key_mask, Address bias, Address alibi_slopes, Address sinks,
                               uint64_t seed, Address out, Address lse, Address stats, int num_threads) const {

@@ -52,15 +52,15 @@ struct BackwardScratch {
 // K and V of a block in the three forms the products read.
 struct BackwardBlock {
     int64_t begin, end;
-    const char *key, *value;        // rows, for S and dP
-    const char* columns;            // K by keys (or pairs of keys), for dQ; without NaN and Inf in a dirty block
+    const char *key, *value;  // rows, for S and dP
+    const char* columns;      // K by keys (or pairs of keys), for dQ; without NaN and Inf in a dirty block
     int64_t key_stride, value_stride, columns_stride;
     bool dirty;
 };
 
 template <class E>
 class Backward : BackwardScratch<E> {
-   public:
+  public:
     Backward(const Problem& problem, const Sequence& sequence, const BackwardRun& r, const Tile& t, Arena arena)
         : BackwardScratch<E>(problem, arena),
           p(problem),
@@ -74,13 +74,13 @@ class Backward : BackwardScratch<E> {
         store_dquery();
     }
 
-   private:
+  private:
     using Scratch = BackwardScratch<E>;
-    using Scratch::width, Scratch::width_v, Scratch::query_t, Scratch::dout_t, Scratch::query_rows;
     using Scratch::dout_rows, Scratch::dquery_t, Scratch::staged_rows, Scratch::staged_out, Scratch::scores;
     using Scratch::dscores, Scratch::slope, Scratch::row_max, Scratch::row_inverse, Scratch::delta;
-    using Scratch::staged_key, Scratch::staged_value, Scratch::key_columns, Scratch::scores_bf16;
     using Scratch::dscores_bf16, Scratch::dscores_pairs;
+    using Scratch::staged_key, Scratch::staged_value, Scratch::key_columns, Scratch::scores_bf16;
+    using Scratch::width, Scratch::width_v, Scratch::query_t, Scratch::dout_t, Scratch::query_rows;
     using Product = typename E::Product;
 
     const Problem& p;
@@ -185,9 +185,9 @@ class Backward : BackwardScratch<E> {
                                           run_.dvalue + at * width_v, width_v, keys, width_v / kLanes, depth);
         gemm<Product, Along::depth, true>(gradients + first, row_bytes, query_rows + first * width, width,
                                           run_.dkey + at * width, width, keys, width / kLanes, depth);
-        gemm<Product, Along::rows, true>(block.columns + E::elements(from) * block.columns_stride,
-                                         block.columns_stride, gradients_by_key + lanes, kRows, dquery_t + lanes, kRows,
-                                         p.head_dim, count, E::elements(keys));
+        gemm<Product, Along::rows, true>(block.columns + E::elements(from) * block.columns_stride, block.columns_stride,
+                                         gradients_by_key + lanes, kRows, dquery_t + lanes, kRows, p.head_dim, count,
+                                         E::elements(keys));
         if (block.dirty) add_dirty_keys(v0, count, k0, k1);
     }
 

@@ -61,7 +61,7 @@ struct DecodeScratch {
 
 template <class E>
 class Decode : DecodeScratch<E> {
-   public:
+  public:
     Decode(const Problem& problem, const Sequence& sequence, const KeyChunk& key_chunk, Arena arena)
         : DecodeScratch<E>(problem, sequence.len_q * problem.group_size, arena),
           p(problem),
@@ -70,8 +70,7 @@ class Decode : DecodeScratch<E> {
 
     void run() {
         for (int64_t r = 0; r < rows; ++r) {
-            const char* from =
-                row_of(p.query, E::kSize, batch(), head_of(r), s.first_query + r / p.group_size);
+            const char* from = row_of(p.query, E::kSize, batch(), head_of(r), s.first_query + r / p.group_size);
             stage_row(from, p.head_dim, queries + r * width, width);
             float* state = state_of(r);
             state[0] = -kInfinity;
@@ -80,10 +79,10 @@ class Decode : DecodeScratch<E> {
         for (int64_t n = chunk.begin; n < chunk.end; n += keys) attend(n, min_of(n + keys, chunk.end));
     }
 
-   private:
+  private:
     using Scratch = DecodeScratch<E>;
-    using Scratch::rows, Scratch::keys, Scratch::width, Scratch::width_v;
     using Scratch::queries, Scratch::scores, Scratch::staged_key, Scratch::staged_value, Scratch::weights;
+    using Scratch::rows, Scratch::keys, Scratch::width, Scratch::width_v;
 
     const Problem& p;
     const Sequence& s;
@@ -152,9 +151,8 @@ class Decode : DecodeScratch<E> {
             unroll<4>([&](auto i) TF_INLINE_LAMBDA { k[i] = load(reinterpret_cast<const float*>(row[i]) + d); });
             unroll<R>([&](auto r) TF_INLINE_LAMBDA {
                 const F q = load(query + r * width + d);
-                unroll<4>([&](auto i) TF_INLINE_LAMBDA {
-                    sum[r * 4 + i] = E::Product::multiply_add(sum[r * 4 + i], q, k[i]);
-                });
+                unroll<4>([&](auto i)
+                              TF_INLINE_LAMBDA { sum[r * 4 + i] = E::Product::multiply_add(sum[r * 4 + i], q, k[i]); });
             });
         }
         unroll<R>([&](auto r) TF_INLINE_LAMBDA {
@@ -309,9 +307,7 @@ int64_t decode_workspace(const Problem& p) {
 }
 
 void decode(const Problem& p, const Sequence& sequence, const KeyChunk& chunk, char* workspace) {
-    with_element(p.dtype, [&](auto element) {
-        Decode<decltype(element)>(p, sequence, chunk, Arena(workspace)).run();
-    });
+    with_element(p.dtype, [&](auto element) { Decode<decltype(element)>(p, sequence, chunk, Arena(workspace)).run(); });
 }
 
 void combine(const Problem& p, const Sequence& s, int64_t kv_head, const KeyChunk* chunks, int64_t count,

@@ -37,7 +37,7 @@ struct ForwardScratch {
 
 template <class E>
 class Forward : ForwardScratch<E> {
-   public:
+  public:
     Forward(const Problem& problem, const Sequence& sequence, const Tile& t, Arena arena)
         : ForwardScratch<E>(problem, arena),
           p(problem),
@@ -54,7 +54,7 @@ class Forward : ForwardScratch<E> {
         finish();
     }
 
-   private:
+  private:
     using Scratch = ForwardScratch<E>;
     using Scratch::query_t, Scratch::scores, Scratch::out_t, Scratch::staged_rows, Scratch::staged_key;
     using Scratch::staged_value, Scratch::row_max, Scratch::row_sum;
@@ -105,10 +105,17 @@ class Forward : ForwardScratch<E> {
         if (masked) tile.apply_mask(scores, v0, count, k0, k1);
         for (int v = v0; v < v0 + count; v += 4) {
             switch (min_of(4, v0 + count - v)) {
-                case 4: softmax<4>(v, k0, k1, scale); break;
-                case 3: softmax<3>(v, k0, k1, scale); break;
-                case 2: softmax<2>(v, k0, k1, scale); break;
-                default: softmax<1>(v, k0, k1, scale);
+                case 4:
+                    softmax<4>(v, k0, k1, scale);
+                    break;
+                case 3:
+                    softmax<3>(v, k0, k1, scale);
+                    break;
+                case 2:
+                    softmax<2>(v, k0, k1, scale);
+                    break;
+                default:
+                    softmax<1>(v, k0, k1, scale);
             }
         }
         const int64_t first = E::elements(k0 - block.begin);
@@ -271,9 +278,7 @@ int64_t forward_workspace(const Problem& p) {
 }
 
 void forward(const Problem& p, const Sequence& sequence, const Tile& t, char* workspace) {
-    with_element(p.dtype, [&](auto element) {
-        Forward<decltype(element)>(p, sequence, t, Arena(workspace)).run();
-    });
+    with_element(p.dtype, [&](auto element) { Forward<decltype(element)>(p, sequence, t, Arena(workspace)).run(); });
 }
 
 }  // namespace TF_ISA

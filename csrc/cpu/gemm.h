@@ -52,9 +52,8 @@ TF_INLINE void micro_kernel(const char* a, int64_t a_stride, const float* b, int
     const int64_t row_step = kAlong == Along::rows ? 4 : a_stride;
     const int64_t depth_step = kAlong == Along::rows ? a_stride : 4;
     F sum[R * V];
-    unroll<R * V>([&](auto i) TF_INLINE_LAMBDA {
-        sum[i] = kAdd ? load(c + (i / V) * c_stride + (i % V) * kLanes) : zero();
-    });
+    unroll<R * V>([&](auto i)
+                      TF_INLINE_LAMBDA { sum[i] = kAdd ? load(c + (i / V) * c_stride + (i % V) * kLanes) : zero(); });
     for (int64_t k = 0; k < depth; ++k) {
         F lanes[V];
         unroll<V>([&](auto v) TF_INLINE_LAMBDA { lanes[v] = load(b + v * kLanes); });

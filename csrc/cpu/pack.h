@@ -11,10 +11,14 @@ namespace {
 template <class Fn>
 TF_INLINE void with_dtype(DType dtype, Fn&& fn) {
     switch (dtype) {
-        case DType::f32: return fn(std::integral_constant<DType, DType::f32>{});
-        case DType::bf16: return fn(std::integral_constant<DType, DType::bf16>{});
-        case DType::f16: return fn(std::integral_constant<DType, DType::f16>{});
-        case DType::boolean: return fn(std::integral_constant<DType, DType::boolean>{});
+        case DType::f32:
+            return fn(std::integral_constant<DType, DType::f32>{});
+        case DType::bf16:
+            return fn(std::integral_constant<DType, DType::bf16>{});
+        case DType::f16:
+            return fn(std::integral_constant<DType, DType::f16>{});
+        case DType::boolean:
+            return fn(std::integral_constant<DType, DType::boolean>{});
     }
 }
 

@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kRows = 64;  // query rows of a tile
 constexpr int kVectors = kRows / kLanes;
-constexpr int kKeys = 96;  // keys of a block
+constexpr int kKeys = 96;                       // keys of a block
 constexpr int kGroup = max_of(1, 16 / kLanes);  // vectors that edge blocks treat alike: 16 rows
 
 // What the element type decides. A "paired" type multiplies bf16 pairs as they are; the others become floats first.
@@ -39,7 +39,7 @@ struct Element {
 
 // Hands out a thread's scratch, 64-byte aligned, in the same order in which its size was counted.
 class Arena {
-   public:
+  public:
     explicit Arena(char* base) : base_(base) {}
     float* floats(int64_t count) {
         char* p = base_ + used_;
@@ -48,7 +48,7 @@ class Arena {
     }
     int64_t used() const { return used_; }
 
-   private:
+  private:
     char* base_;
     int64_t used_ = 0;
 };
@@ -69,9 +69,12 @@ struct BiasScratch {
 template <class Fn>
 inline void with_element(DType dtype, Fn&& fn) {
     switch (dtype) {
-        case DType::bf16: return fn(Element<DType::bf16>{});
-        case DType::f16: return fn(Element<DType::f16>{});
-        default: return fn(Element<DType::f32>{});
+        case DType::bf16:
+            return fn(Element<DType::bf16>{});
+        case DType::f16:
+            return fn(Element<DType::f16>{});
+        default:
+            return fn(Element<DType::f32>{});
     }
 }
 
@@ -254,21 +257,21 @@ struct QueryTile {
     // Dropout's keep factors for key j and vector v: 1 / (1 - p) or 0. Four keys share one Philox call a lane.
     F dropout_factor(int v, int64_t j, float* cache, int64_t& cached) const {
         const float keep = static_cast<float>(1.0 / (1.0 - p.dropout_p));
-        const uint32_t threshold = static_cast<uint32_t>(
-            min_of(p.dropout_p * 4294967296.0, 4294967295.0));
+        const uint32_t threshold = static_cast<uint32_t>(min_of(p.dropout_p * 4294967296.0, 4294967295.0));
         if (cached != j / 4) {
             cached = j / 4;
             for (int i = 0; i < kLanes; ++i) {
                 const int lane = v * kLanes + i;
-                const Philox4 random = philox(p.seed, static_cast<uint32_t>(j / 4), static_cast<uint32_t>(position[lane]),
-                                              static_cast<uint32_t>(head[lane]), static_cast<uint32_t>(s.index));
+                const Philox4 random =
+                    philox(p.seed, static_cast<uint32_t>(j / 4), static_cast<uint32_t>(position[lane]),
+                           static_cast<uint32_t>(head[lane]), static_cast<uint32_t>(s.index));
                 for (int w = 0; w < 4; ++w) cache[w * kLanes + i] = random.word[w] >= threshold ? keep : 0.0f;
             }
         }
         return load(cache + (j % 4) * kLanes);
     }
 
-   private:
+  private:
     Interval intersect_summary(int lane, Interval visible) const {
         const RowSummary& dense = p.summary;
         const int64_t at = s.index * dense.batch + head[lane] * dense.head + position[lane] * dense.row;

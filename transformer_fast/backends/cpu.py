@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,12 +16,11 @@ from ..layout import new_output
 from ..spec import AttentionSpec, Layout, Operands
 from .base import Backend, Gradients, Info, Results, Runner
 
+_C_cpu: Any = None
+_WHY_NOT: str | None = None
 try:
-    from .. import _C_cpu
-
-    _WHY_NOT = None
+    _C_cpu = importlib.import_module("transformer_fast._C_cpu")
 except ImportError as error:  # built without a C++ compiler, or for another Python
-    _C_cpu = None  # type: ignore[assignment]
     _WHY_NOT = f"the native module transformer_fast._C_cpu does not import: {error}"
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
@@ -88,14 +88,25 @@ class CpuRunner(Runner):
         left, right = masks.bounds(options.window_left, options.window_right)
         query, key, value, bias, slopes, sinks, key_mask, seqlens_k = (
             spec.layout(name)
-            for name in "query key value bias alibi_slopes sinks key_padding_mask seqlens_k".split()
+            for name in ("query", "key", "value", "bias", "alibi_slopes", "sinks", "key_padding_mask", "seqlens_k")
         )
         assert query is not None and key is not None and value is not None
         return {
-            **{name: getattr(spec, name) for name in (
-                "batch", "num_heads", "num_kv_heads", "seqlen_q", "seqlen_k", "total_q", "total_k", "head_dim",
-                "head_dim_v", "softmax_scale",
-            )},
+            **{
+                name: getattr(spec, name)
+                for name in (
+                    "batch",
+                    "num_heads",
+                    "num_kv_heads",
+                    "seqlen_q",
+                    "seqlen_k",
+                    "total_q",
+                    "total_k",
+                    "head_dim",
+                    "head_dim_v",
+                    "softmax_scale",
+                )
+            },
             "packed": spec.is_packed,
             "dtype": _DTYPES[spec.dtype],
             "softcap": options.softcap or 0.0,

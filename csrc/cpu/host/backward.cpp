@@ -32,15 +32,15 @@ std::vector<BackwardTask> make_backward_tasks(const Problem& p, const Kernels& k
     const bool batch_shares = bias && p.dbias_batch == 0, heads_share = bias && p.dbias_head == 0;
     const int64_t chains = std::max<int64_t>(1, (batch_shares ? 1 : p.batch) * (heads_share ? 1 : p.num_kv_heads));
     const bool rows_share = bias && p.dbias_row == 0;
-    const int64_t parts = rows_share || chains >= kRunsPerThread * p.num_threads
-                              ? 1
-                              : ceil_div(kRunsPerThread * p.num_threads, chains);
+    const int64_t parts =
+        rows_share || chains >= kRunsPerThread * p.num_threads ? 1 : ceil_div(kRunsPerThread * p.num_threads, chains);
     std::vector<BackwardTask> tasks(static_cast<size_t>(chains * parts));
     for (const Sequence& s : sequences) {
         const int64_t rows = s.len_q * p.group_size;
         const int64_t length = std::max(kernels.tile_rows, round_up(ceil_div(rows, parts), kernels.tile_rows));
         for (int64_t h = 0; h < p.num_kv_heads; ++h) {
-            const int64_t chain = (batch_shares ? 0 : s.index) * (heads_share ? 1 : p.num_kv_heads) + (heads_share ? 0 : h);
+            const int64_t chain =
+                (batch_shares ? 0 : s.index) * (heads_share ? 1 : p.num_kv_heads) + (heads_share ? 0 : h);
             for (int64_t r = 0; r < rows; r += length) {
                 const int64_t count = std::min(length, rows - r);
                 const TileRange seen = tile_range(s.mask, r / p.group_size, (r + count - 1) / p.group_size);

@@ -38,8 +38,7 @@ std::vector<WeightedTile> make_tiles(const Problem& p, const std::vector<Sequenc
         head.clear();
         for (int64_t r = 0; r < packed_rows; r += rows) {
             const int64_t count = std::min(rows, packed_rows - r);
-            const int64_t pairs =
-                visited_pairs(*s, r / p.group_size, (r + count - 1) / p.group_size) * p.group_size;
+            const int64_t pairs = visited_pairs(*s, r / p.group_size, (r + count - 1) / p.group_size) * p.group_size;
             head.push_back({{static_cast<int32_t>(s->index), 0, r, count}, pairs});
         }
         std::stable_sort(head.begin(), head.end(),
@@ -98,8 +97,8 @@ void forward_by_chunks(const Problem& p, const Kernels& kernels, const std::vect
         const int64_t length = std::max<int64_t>(1, round_up(ceil_div(keys, parts), 16));
         pairs += rows * keys * p.num_kv_heads;
         for (int64_t h = 0; h < p.num_kv_heads; ++h) {
-            DecodeUnit unit{static_cast<int32_t>(s.index), static_cast<int32_t>(h),
-                            static_cast<int64_t>(chunks.size()), 0};
+            DecodeUnit unit{static_cast<int32_t>(s.index), static_cast<int32_t>(h), static_cast<int64_t>(chunks.size()),
+                            0};
             for (int64_t begin = seen.begin; begin < seen.end; begin += length) {
                 chunks.push_back({unit.sequence, unit.kv_head, begin, std::min(begin + length, seen.end), nullptr});
                 floats += rows * (2 + width);

@@ -19,10 +19,10 @@ void check_cumulative(const char* name, const int32_t* cu, int64_t batch, int64_
     require(cu[0] == 0, text + "[0] is " + std::to_string(cu[0]) + "; allowed: 0");
     for (int64_t b = 0; b < batch; ++b) {
         const int64_t length = static_cast<int64_t>(cu[b + 1]) - cu[b];
-        require(0 <= length && length <= longest,
-                text + "[" + std::to_string(b + 1) + "] - " + text + "[" + std::to_string(b) + "] is " +
-                    std::to_string(length) + "; allowed: 0 to " + std::to_string(longest) + " (max_seqlen_" + text.back() +
-                    ")");
+        require(0 <= length && length <= longest, text + "[" + std::to_string(b + 1) + "] - " + text + "[" +
+                                                      std::to_string(b) + "] is " + std::to_string(length) +
+                                                      "; allowed: 0 to " + std::to_string(longest) + " (max_seqlen_" +
+                                                      text.back() + ")");
     }
     require(cu[batch] == total, text + "[-1] is " + std::to_string(cu[batch]) + "; allowed: " + std::to_string(total) +
                                     ", the packed length");
@@ -80,7 +80,7 @@ MaskSummary::MaskSummary(Problem& p) {
             summarise(p, p.bias.data + b * p.bias.batch + h * p.bias.head + r * p.bias.row, static_cast<size_t>(i));
         }
     });
-    p.summary = {lo_.data(), hi_.data(), solid_.data(), p.bias.batch ? heads * rows : 0, p.bias.head ? rows : 0,
+    p.summary = {lo_.data(),        hi_.data(), solid_.data(), p.bias.batch ? heads * rows : 0, p.bias.head ? rows : 0,
                  p.bias.row ? 1 : 0};
 }
 

@@ -12,11 +12,11 @@ std::vector<Sequence> make_sequences(const Problem&);
 
 // Reads a dense boolean mask once and keeps what the kernels need of it: an interval a row.
 class MaskSummary {
-   public:
+  public:
     // Points p.summary at this object if p.bias is boolean.
     explicit MaskSummary(Problem& p);
 
-   private:
+  private:
     void summarise(const Problem& p, const char* row, size_t i);
     void set(size_t i, int64_t lo, int64_t hi, bool solid);
 

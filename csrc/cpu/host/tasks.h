@@ -12,7 +12,7 @@ namespace tf {
 
 // Memory that a thread keeps between calls, so that a small problem does not pay for the allocator.
 class Scratch {
-   public:
+  public:
     char* get(int64_t bytes) {
         if (bytes > size_) {
             memory_.reset(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(round_up(bytes, 64)))));
@@ -29,7 +29,7 @@ class Scratch {
         }
     }
 
-   private:
+  private:
     struct Free {
         void operator()(char* p) const { std::free(p); }
     };

@@ -38,7 +38,7 @@ struct Problem {
 
     Operand query, key, value, out, dout, dquery, dkey, dvalue;
     float* lse = nullptr;    // natural logarithm; (batch, heads, rows) or packed (heads, total_q)
-    float* stats = nullptr;  // two planes of lse's shape: row maximum in base 2, and 1 / row sum
+    float* stats = nullptr;  // two planes of lse's shape: row maximum in score units, and 1 / row sum
     const float* dlse = nullptr;
     float* delta = nullptr;  // lse's shape: rowsum(dout * out) - dlse, written by backward
     float* dbias = nullptr;  // float32, contiguous in the bias's broadcast shape, zeroed by the caller
@@ -64,6 +64,10 @@ struct Problem {
         const bool dense_float = bias.data != nullptr && bias.dtype != DType::boolean;
         return softcap != 0.0f || dense_float || alibi_slopes != nullptr || !(softmax_scale > 0.0f);
     }
+    // Scores that something changes are kept in natural units, where a bias of -FLT_MAX still fits, the others in
+    // base 2, which costs them nothing. The factor from a difference of scores to base 2, and to natural:
+    float score_log2() const { return modifies_scores() ? 1.4426950408889634f : 1.0f; }
+    double score_natural() const { return modifies_scores() ? 1.0 : 0.6931471805599453; }
     int64_t lse_index(int64_t b, int64_t head, int64_t first_row, int64_t row) const {
         return packed ? head * total_q + first_row + row : (b * num_heads + head) * seqlen_q + row;
     }
@@ -87,7 +91,7 @@ struct Tile {
 struct KeyChunk {
     int32_t sequence, kv_head;
     int64_t begin, end;
-    float* partial;  // per packed row: maximum (base 2), sum, head_dim_v values
+    float* partial;  // per packed row: maximum, sum, head_dim_v values
 };
 
 // A run of query tiles that one task takes through the backward pass, with float32 accumulators for the keys

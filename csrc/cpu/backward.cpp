@@ -163,13 +163,11 @@ class Backward : BackwardScratch<E> {
                                            kRows, scores + lanes, kRows, keys, count, E::elements(p.head_dim));
         gemm<Product, Along::depth, false>(block.value + from * block.value_stride, block.value_stride, dout_t + lanes,
                                            kRows, dscores + lanes, kRows, keys, count, E::elements(p.head_dim_v));
-        float scale = p.softmax_scale * kLog2E;
-        if (p.modifies_scores()) {
-            tile.modify(scores, p.softcap != 0.0f ? slope : nullptr, v0, count, k0, k1);
-            scale = 1.0f;
-        }
+        if (p.modifies_scores()) tile.modify(scores, p.softcap != 0.0f ? slope : nullptr, v0, count, k0, k1);
         if (masked) tile.apply_mask(scores, v0, count, k0, k1);
-        for (int v = v0; v < v0 + count; ++v) differentiate(v, k0, k1, scale, masked);
+        for (int v = v0; v < v0 + count; ++v) {
+            p.modifies_scores() ? differentiate<true>(v, k0, k1, masked) : differentiate<false>(v, k0, k1, masked);
+        }
         if (p.dbias != nullptr) add_dbias(v0, count, k0, k1);
         if (p.softcap != 0.0f) through_softcap(v0, count, keys);  // the bias is added after it, so comes before here
 
@@ -192,7 +190,9 @@ class Backward : BackwardScratch<E> {
     }
 
     // Scores and dP of one vector -> P (as dropout left it) and dS, in place.
-    void differentiate(int v, int64_t k0, int64_t k1, float scale, bool masked) {
+    template <bool kNatural>
+    void differentiate(int v, int64_t k0, int64_t k1, bool masked) {
+        const float scale = p.softmax_scale * kLog2E;
         const F top = load(row_max + v * kLanes), inverse = load(row_inverse + v * kLanes);
         const F shift = load(delta + v * kLanes);
         alignas(64) float cache[4 * kLanes];
@@ -200,7 +200,7 @@ class Backward : BackwardScratch<E> {
         for (int64_t j = 0; j < k1 - k0; ++j) {
             float* s = scores + j * kRows + v * kLanes;
             float* ds = dscores + j * kRows + v * kLanes;
-            const F probability = exp2<E::kExpDegree>(load(s) * scale - top) * inverse;
+            const F probability = exp_score<E::kExpDegree, kNatural>(load(s), scale, top) * inverse;
             F gradient = load(ds), kept = probability;
             if (p.dropout_p > 0.0) {
                 const F factor = tile.dropout_factor(v, k0 + j, cache, cached);
@@ -218,7 +218,8 @@ class Backward : BackwardScratch<E> {
     void through_softcap(int v0, int count, int64_t keys) {
         for (int64_t j = 0; j < keys; ++j) {
             for (int64_t at = j * kRows + v0 * kLanes; at < j * kRows + (v0 + count) * kLanes; at += kLanes) {
-                store(dscores + at, load(dscores + at) * load(slope + at));
+                const F gradient = load(dscores + at);  // 0 at a hidden key, whose slope may be NaN
+                store(dscores + at, select(gradient == 0.0f, zero(), gradient * load(slope + at)));
             }
         }
     }

@@ -165,7 +165,7 @@ class Decode : DecodeScratch<E> {
         for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b);
     }
 
-    // Raw products of one row -> scores in base 2, as QueryTile::modify has them; here lanes are keys.
+    // Raw products of one row -> scores, as QueryTile::modify has them; here lanes are keys.
     void modify(int64_t r, int64_t n0, int64_t n1) {
         float* x = scores + r * keys;
         const int64_t count = n1 - n0, head = head_of(r), position = r / p.group_size + s.mask.offset - n0;
@@ -183,14 +183,12 @@ class Decode : DecodeScratch<E> {
             }
             store(x + j, y);
         }
-        if (plain) return;
         if (p.bias.data != nullptr && p.bias.dtype != DType::boolean) {
             for (int64_t j = 0; j < count; ++j) {
                 const float b = bias_at(r, n0 + j);
                 x[j] = b == -kInfinity ? b : x[j] + b;
             }
         }
-        for (int64_t j = 0; j < count; j += kLanes) store(x + j, load(x + j) * kLog2E);
     }
 
     float bias_at(int64_t r, int64_t j) const {
@@ -218,7 +216,7 @@ class Decode : DecodeScratch<E> {
         float fresh = state[0];
         for (int i = 0; i < kLanes; ++i) fresh = max_of(fresh, top[i]);
         if (fresh > state[0]) {
-            const float shrink = exp2<5>(set1(state[0] - fresh))[0];
+            const float shrink = exp2<5>(set1((state[0] - fresh) * p.score_log2()))[0];
             state[0] = fresh;
             state[1] *= shrink;
             for (int64_t d = 0; d < width_v; d += kLanes) store(state + 2 + d, load(state + 2 + d) * shrink);
@@ -226,7 +224,7 @@ class Decode : DecodeScratch<E> {
         const F limit = set1(fresh == -kInfinity ? 0.0f : fresh);
         F sum = zero();
         for (int64_t j = 0; j < count; j += kLanes) {
-            F e = exp2<E::kExpDegree>(load(x + j) - limit);
+            F e = exp2<E::kExpDegree>((load(x + j) - limit) * p.score_log2());
             sum += e;
             if (p.dropout_p > 0.0) e = drop(r, n0 + j, e);
             store_weights(r, j, e);
@@ -320,14 +318,14 @@ void combine(const Problem& p, const Sequence& s, int64_t kv_head, const KeyChun
         for (int64_t c = 0; c < count; ++c) top = max_of(top, chunks[c].partial[r * state]);
         const bool empty = top == -kInfinity;
         if (!empty) {
-            const float sink = sink_log2(p, head);
+            const float sink = sink_of(p, head);
             top = max_of(top, sink);
-            sum = exp2<5>(set1(sink - top))[0];
+            sum = exp2<5>(set1((sink - top) * p.score_log2()))[0];
         }
         std::memset(out, 0, static_cast<size_t>(width) * 4);
         for (int64_t c = 0; c < count && !empty; ++c) {
             const float* partial = chunks[c].partial + r * state;
-            const F weight = exp2<5>(set1(partial[0] - top));
+            const F weight = exp2<5>(set1((partial[0] - top) * p.score_log2()));
             sum += partial[1] * weight[0];
             for (int64_t d = 0; d < width; d += kLanes) store(out + d, load(out + d) + load(partial + 2 + d) * weight);
         }

@@ -6,8 +6,8 @@ namespace tf {
 namespace TF_ISA {
 namespace {
 
-// Raise a row's maximum only when it grows by more than this (base 2): the scores stay below 2^8, the sums exact
-// enough, and the accumulator is seldom rescaled (the idea is FlashAttention-4's).
+// Raise a row's maximum only when it grows by more than this (in score units): the probabilities stay below e^8, the
+// sums exact enough, and the accumulator is seldom rescaled (the idea is FlashAttention-4's).
 constexpr float kRescaleThreshold = 8.0f;
 
 // A block of keys from `begin` on, with K and V as the products read them; strides in bytes.
@@ -97,26 +97,11 @@ class Forward : ForwardScratch<E> {
         gemm<typename E::Product, Along::depth, false>(block.key + (k0 - block.begin) * block.key_stride,
                                                        block.key_stride, query_t + v0 * kLanes, kRows, scores_v, kRows,
                                                        keys, count, E::elements(p.head_dim));
-        float scale = p.softmax_scale * kLog2E;
-        if (p.modifies_scores()) {
-            tile.modify(scores, nullptr, v0, count, k0, k1);
-            scale = 1.0f;
-        }
+        if (p.modifies_scores()) tile.modify(scores, nullptr, v0, count, k0, k1);
         if (masked) tile.apply_mask(scores, v0, count, k0, k1);
         for (int v = v0; v < v0 + count; v += 4) {
-            switch (min_of(4, v0 + count - v)) {
-                case 4:
-                    softmax<4>(v, k0, k1, scale);
-                    break;
-                case 3:
-                    softmax<3>(v, k0, k1, scale);
-                    break;
-                case 2:
-                    softmax<2>(v, k0, k1, scale);
-                    break;
-                default:
-                    softmax<1>(v, k0, k1, scale);
-            }
+            const int some = min_of(4, v0 + count - v);
+            p.modifies_scores() ? softmax_of<true>(some, v, k0, k1) : softmax_of<false>(some, v, k0, k1);
         }
         const int64_t first = E::elements(k0 - block.begin);
         gemm<typename E::Product, Along::rows, true>(block.value + first * block.value_stride, block.value_stride,
@@ -125,9 +110,24 @@ class Forward : ForwardScratch<E> {
         if (block.dirty) add_dirty_values(v0, count, k0, k1);
     }
 
+    template <bool kNatural>
+    void softmax_of(int count, int v, int64_t k0, int64_t k1) {
+        switch (count) {
+            case 4:
+                return softmax<4, kNatural>(v, k0, k1);
+            case 3:
+                return softmax<3, kNatural>(v, k0, k1);
+            case 2:
+                return softmax<2, kNatural>(v, k0, k1);
+            default:
+                return softmax<1, kNatural>(v, k0, k1);
+        }
+    }
+
     // Scores of V vectors -> probabilities relative to the running maximum, in place (paired: as pairs of keys).
-    template <int V>
-    void softmax(int v0, int64_t k0, int64_t k1, float scale) {
+    template <int V, bool kNatural>
+    void softmax(int v0, int64_t k0, int64_t k1) {
+        const float scale = p.softmax_scale * kLog2E;
         const int64_t keys = k1 - k0;
         float* at = scores + v0 * kLanes;
         F top[V];
@@ -138,21 +138,24 @@ class Forward : ForwardScratch<E> {
         F limit[V], sum[V];
         unroll<V>([&](auto v) TF_INLINE_LAMBDA {
             float* m = row_max + (v0 + v) * kLanes;
-            const F old = load(m), fresh = top[v] * scale;
+            const F old = load(m), fresh = kNatural ? top[v] : top[v] * scale;
             if (any(fresh > old + kRescaleThreshold)) raise_maximum(v0 + v, maximum(fresh, old));
             const F now = load(m);
             limit[v] = select(now == -kInfinity, zero(), now);
             sum[v] = load(row_sum + (v0 + v) * kLanes);
         });
         if (p.dropout_p > 0.0) {
-            unroll<V>([&](auto v) TF_INLINE_LAMBDA { exponentials_dropped(v0 + v, k0, k1, scale, limit[v], sum[v]); });
+            unroll<V>([&](auto v) TF_INLINE_LAMBDA {
+                exponentials_dropped<kNatural>(v0 + v, k0, k1, scale, limit[v], sum[v]);
+            });
         } else if constexpr (E::kPaired) {
             for (int64_t j = 0; j < keys; j += 2) {
                 const bool both = j + 1 < keys;
                 unroll<V>([&](auto v) TF_INLINE_LAMBDA {
                     const float* from = at + j * kRows + v * kLanes;
-                    const F e0 = exp2<E::kExpDegree>(load(from) * scale - limit[v]);
-                    const F e1 = both ? exp2<E::kExpDegree>(load(from + kRows) * scale - limit[v]) : zero();
+                    const F e0 = exp_score<E::kExpDegree, kNatural>(load(from), scale, limit[v]);
+                    const F e1 =
+                        both ? exp_score<E::kExpDegree, kNatural>(load(from + kRows), scale, limit[v]) : zero();
                     sum[v] += e0 + e1;
                     store(at + j / 2 * kRows + v * kLanes, pair_bf16(e0, e1));
                 });
@@ -161,7 +164,7 @@ class Forward : ForwardScratch<E> {
             for (int64_t j = 0; j < keys; ++j) {
                 unroll<V>([&](auto v) TF_INLINE_LAMBDA {
                     float* x = at + j * kRows + v * kLanes;
-                    const F e = exp2<E::kExpDegree>(load(x) * scale - limit[v]);
+                    const F e = exp_score<E::kExpDegree, kNatural>(load(x), scale, limit[v]);
                     sum[v] += e;
                     store(x, e);
                 });
@@ -171,13 +174,14 @@ class Forward : ForwardScratch<E> {
     }
 
     // The same with dropout: the sum takes every probability, the product only the kept ones.
+    template <bool kNatural>
     __attribute__((noinline)) void exponentials_dropped(int v, int64_t k0, int64_t k1, float scale, F limit, F& sum) {
         alignas(64) float cache[4 * kLanes];
         int64_t cached = -1;
         float* at = scores + v * kLanes;
         F previous = zero();
         for (int64_t j = k0; j < k1; ++j) {
-            F e = exp2<E::kExpDegree>(load(at + (j - k0) * kRows) * scale - limit);
+            F e = exp_score<E::kExpDegree, kNatural>(load(at + (j - k0) * kRows), scale, limit);
             sum += e;
             e *= tile.dropout_factor(v, j, cache, cached);
             if constexpr (E::kPaired) {
@@ -198,7 +202,7 @@ class Forward : ForwardScratch<E> {
         float* m = row_max + v * kLanes;
         const F old = load(m);
         const F safe = select(fresh == -kInfinity, zero(), fresh);
-        const F shrink = exp2<5>(old - safe);  // exp2(-inf) = 0 for a first block
+        const F shrink = exp2<5>((old - safe) * p.score_log2());  // exp2(-inf) = 0 for a first block
         store(m, fresh);
         store(row_sum + v * kLanes, load(row_sum + v * kLanes) * shrink);
         for (int64_t d = 0; d < p.head_dim_v; ++d) {
@@ -236,12 +240,12 @@ class Forward : ForwardScratch<E> {
     void finish() {
         for (int v = 0; v < tile.vectors; ++v) {
             alignas(64) float sink[kLanes];
-            for (int i = 0; i < kLanes; ++i) sink[i] = sink_log2(p, tile.head[v * kLanes + i]);
+            for (int i = 0; i < kLanes; ++i) sink[i] = sink_of(p, tile.head[v * kLanes + i]);
             const F m = load(row_max + v * kLanes), l = load(row_sum + v * kLanes), extra = load(sink);
             const F fresh = maximum(extra, m);
             const F safe = select(fresh == -kInfinity, zero(), fresh);
-            const F shrink = exp2<5>(m - safe);
-            const F total = l * shrink + exp2<5>(extra - safe);
+            const F shrink = exp2<5>((m - safe) * p.score_log2());
+            const F total = l * shrink + exp2<5>((extra - safe) * p.score_log2());
             const I empty = m == -kInfinity;
             const F inverse = select(empty, zero(), 1.0f / total);
             const F scale = inverse * shrink;

@@ -88,7 +88,7 @@ TF_INLINE F exp2(F x) {
 #if defined(__AVX512F__)
     const F f = reinterpret_cast<F>(_mm512_reduce_ps(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEG_INF));
 #else
-    x = maximum(set1(-126.0f), x);
+    x = maximum(set1(-126.5f), x);  // which has n = -127 and comes out as 0
     const F magic = set1(12582912.0f);
     const F shifted = (x - 0.5f) + magic;
     const F f = x - (shifted - magic);

@@ -201,7 +201,7 @@ struct QueryTile {
 
     bool keeps_key(int64_t j) const { return p.key_mask[s.index * p.key_mask_batch + j * p.key_mask_key] != 0; }
 
-    // Raw products -> scores in base 2 with everything that changes them: scale, softcap, bias, ALiBi.
+    // Raw products -> scores with everything that changes them: scale, softcap, bias, ALiBi.
     // `scores` is S^T of keys [k0, k1), rows of kRows floats. `slope`, if given, receives d(capped) / d(scaled).
     void modify(float* scores, float* slope, int v0, int count, int64_t k0, int64_t k1) {
         const bool dense = p.bias.data != nullptr && p.bias.dtype != DType::boolean;
@@ -230,7 +230,7 @@ struct QueryTile {
                     const F distance = place_v - static_cast<float>(j);
                     x -= alibi_v * maximum(distance, -distance);
                 }
-                store(at, x * kLog2E);
+                store(at, x);
             }
         }
     }
@@ -373,17 +373,26 @@ inline void stage_by_keys(int64_t keys, int64_t columns, bool dirty, const char*
     stride = width * 4;
 }
 
-TF_INLINE float sink_log2(const Problem& p, int64_t head) {
-    if (p.sinks == nullptr) return -kInfinity;
-    return scalar_at(p.sinks_dtype, p.sinks + head * p.sinks_stride * size_of(p.sinks_dtype)) * kLog2E;
+// 2^(score - top) with both in the problem's score units. Unchanged scores are raw products until here: `scale`.
+template <int kDegree, bool kNatural>
+TF_INLINE F exp_score(F score, float scale, F top) {
+    return exp2<kDegree>(kNatural ? (score - top) * kLog2E : score * scale - top);
 }
 
-// What a row leaves for its caller and for backward. `top` is its maximum in base 2, -inf for a row that saw nothing.
+// A head's sink in score units.
+TF_INLINE float sink_of(const Problem& p, int64_t head) {
+    if (p.sinks == nullptr) return -kInfinity;
+    const float sink = scalar_at(p.sinks_dtype, p.sinks + head * p.sinks_stride * size_of(p.sinks_dtype));
+    return p.modifies_scores() ? sink : sink * kLog2E;
+}
+
+// What a row leaves for its caller and for backward. `top` is its maximum in score units, -inf for a row that saw
+// nothing.
 inline void store_statistics(const Problem& p, const Sequence& s, int64_t head, int64_t row, float top, float sum) {
     if (p.lse == nullptr) return;
     const int64_t at = p.lse_index(s.index, head, s.first_query, row), plane = p.num_heads * p.total_q;
     const bool empty = top == -kInfinity;
-    const double natural = top * 0.6931471805599453 + std::log(static_cast<double>(sum));
+    const double natural = top * p.score_natural() + std::log(static_cast<double>(sum));
     p.lse[at] = empty ? -kInfinity : static_cast<float>(natural);
     if (p.stats == nullptr) return;
     p.stats[at] = empty ? 0.0f : top;

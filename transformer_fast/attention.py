@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .backends import REGISTRY, reasons, select_backend
 from .ops import run
-from .spec import Operands, UnsupportedError, make_spec, options_of, parse_options
+from .spec import Operands, UnsupportedError, make_spec, options_of, parse_flag, parse_options
 
 
 def _four_dims(bias: Any) -> Any:
@@ -78,6 +78,8 @@ def attention(
         ValueError, TypeError: an argument is wrong; the message names it, its value and what is allowed.
         UnsupportedError: the back end asked for by name cannot do the problem.
     """
+    if return_lse is not True and return_lse is not False:
+        parse_flag(return_lse, "return_lse")
     options = options_of(causal, window_size, softmax_scale, softcap, dropout_p, deterministic, backend)
     operands = Operands(
         query, key, value, None, None, seqlens_k, key_padding_mask, _four_dims(bias), alibi_slopes, sinks, None
@@ -126,6 +128,8 @@ def attention_varlen(
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if not isinstance(cu, Tensor):
             raise TypeError(f"{name} is of type {type(cu).__name__}; allowed: an int32 torch.Tensor (batch + 1,)")
+    if return_lse is not True and return_lse is not False:
+        parse_flag(return_lse, "return_lse")
     options = options_of(
         causal, window_size, softmax_scale, softcap, dropout_p, deterministic, backend, max_seqlen_q, max_seqlen_k
     )
@@ -159,6 +163,8 @@ def explain(
     sinks: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     return_lse: bool = False,
     **options: Any,
 ) -> Explanation:
@@ -172,7 +178,7 @@ def explain(
     Raises:
         ValueError, TypeError: as :func:`attention`.
     """
-    del return_lse  # makes no difference to the choice
+    parse_flag(return_lse, "return_lse")  # it makes no difference to the choice
     operands = Operands(
         query,
         key,
@@ -185,6 +191,15 @@ def explain(
         alibi_slopes,
         sinks,
     )
+    lengths = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+    is_packed = not (cu_seqlens_q is None and cu_seqlens_k is None and all(n is None for n in lengths.values()))
+    if is_packed:
+        for name, given in {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, **lengths}.items():
+            if given is None:
+                raise TypeError(
+                    f"{name} is of type NoneType; allowed: what attention_varlen takes, for packed sequences"
+                )
+        options |= lengths
     spec = make_spec(operands, parse_options(**options))
     answers = reasons(spec)
     try:

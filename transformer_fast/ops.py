@@ -82,15 +82,18 @@ def _by_operand(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[T
 def _is_traced(operands: Operands, options: Options) -> bool:
     """Is somebody watching who must see an op: a compiler, a tracer, a mode, a transform, a tensor subclass?"""
     tensor: Any
+    subclass = False
     for tensor in operands:
         kind = type(tensor)
         if tensor is None or kind is Tensor or kind is Parameter:
             continue
         if not isinstance(tensor, Tensor):
             check(operands, options)  # raises, naming the argument
-        return True
+        subclass = True
     return (
-        torch.compiler.is_compiling()
+        subclass
+        or operands.query.is_meta
+        or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
@@ -101,7 +104,8 @@ def _takes_gradient(operands: Operands) -> bool:
     """Must autograd hear of this call?"""
     if not torch.is_grad_enabled():
         return False
-    for tensor in operands:  # noqa: SIM110: a loop costs a third of any() over a generator, in every call
+    # A loop, since any() over a generator costs three times as much, in every call.
+    for tensor in operands:  # noqa: SIM110
         if tensor is not None and tensor.requires_grad:
             return True
     return False
@@ -110,7 +114,7 @@ def _takes_gradient(operands: Operands) -> bool:
 def autocast_operands(operands: Operands) -> Operands:
     """Query, key and value in the autocast dtype. Bias, slopes and sinks keep theirs: they are added in float32."""
     device_type = operands.query.device.type
-    if not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return operands
     dtype = torch.get_autocast_dtype(device_type)
     cast = {
@@ -128,12 +132,16 @@ def autocast_operands(operands: Operands) -> Operands:
 
 def run(operands: Operands, options: Options, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     """One attention problem from operands and options: the one place where the ways part."""
+    if operands.query is None or operands.key is None or operands.value is None:
+        check(operands, options)  # raises, naming the argument
     traced = _is_traced(operands, options)
     operands = autocast_operands(operands)
     if options.dropout_p > 0.0:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=operands.query.device)
         operands = operands._replace(rng_seed=seed)
     if traced:
+        if not torch.compiler.is_compiling():
+            select_backend(make_spec(operands, options))  # raises where a call that runs would
         return attention_op(*operands, *options)[:2]
     runner = runner_for(operands, options)
     if not runner.is_differentiable and _takes_gradient(operands):
@@ -177,7 +185,7 @@ def attention_op(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 @attention_op.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     operands, options, _ = _split(args)
-    check(operands, options)
+    select_backend(make_spec(operands, options))  # no graph with a call in it that would fail
     query = operands.query
     lse_shape = query.shape[:3] if query.dim() == 4 else (query.shape[1], query.shape[0])
     lse = query.new_empty(lse_shape, dtype=torch.promote_types(query.dtype, torch.float32))

@@ -134,10 +134,11 @@ def _dense(operands: Operands, spec: AttentionSpec, first_batch: int = 0) -> tup
     empty = (
         scores.detach().amax(-1, keepdim=True) == float("-inf") if seqlen_k else visible.new_ones(*query.shape[:3], 1)
     )
-    logits = scores.masked_fill(empty, 0)  # any finite number: the row is set to nothing below
+    logits = scores
     if operands.sinks is not None:
         sink = operands.sinks.to(dtype).view(1, -1, 1, 1).expand(batch, num_heads, seqlen_q, 1)
         logits = torch.cat([logits, sink], dim=-1)
+    logits = logits.masked_fill(empty, 0)  # any finite number: such a row is set to nothing below
     lse = torch.logsumexp(logits, dim=-1).masked_fill(empty.squeeze(-1), float("-inf"))
     probabilities = torch.softmax(logits, dim=-1)[..., :seqlen_k].masked_fill(empty, 0)
     if options.dropout_p > 0.0:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .masks import UNBOUNDED
+
 BACKENDS = ("auto", "reference", "cpu")
+_FLOAT32 = torch.finfo(torch.float32)
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -116,6 +118,13 @@ def _require_type(value: Any, kinds: type | tuple[type, ...], name: str, allowed
         raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; allowed: {allowed}")
 
 
+def _require_float32(value: Any, name: str, allowed: str, *, positive: bool = False) -> None:
+    """A real number that float32, in which scores are computed, can hold."""
+    _require_type(value, (int, float, torch.SymFloat, torch.SymInt), name, allowed)
+    fits = abs(value) <= _FLOAT32.max and (not positive or value >= _FLOAT32.tiny)  # NaN is not <= anything
+    _require(fits, f"{name} is {value}; allowed: {allowed}")
+
+
 def parse_window(window_size: Any, causal: Any) -> tuple[int, int]:
     """``window_size`` and ``causal`` as (left, right), -1 for unbounded."""
     _require_type(causal, bool, "causal", "True or False")
@@ -132,8 +141,13 @@ def parse_window(window_size: Any, causal: Any) -> tuple[int, int]:
             continue
         _require_type(side, (int, torch.SymInt), "window_size", "a pair (left, right) of integers or None")
         _require(side >= -1, f"window_size is {window_size!r}; allowed: each side None, -1 (unbounded) or >= 0")
-        sides.append(side)
+        sides.append(-1 if side >= UNBOUNDED else side)  # "no limit" is often written sys.maxsize
     return sides[0], (0 if causal else sides[1])
+
+
+def parse_flag(value: Any, name: str) -> None:
+    """Raise unless it is True or False."""
+    _require_type(value, bool, name, "True or False")
 
 
 def parse_options(
@@ -149,21 +163,18 @@ def parse_options(
 ) -> Options:
     """The arguments that are not tensors, checked and in normal form."""
     left, right = parse_window(window_size, causal)
-    number = (int, float, torch.SymFloat, torch.SymInt)
     if softmax_scale is not None:
-        _require_type(softmax_scale, number, "softmax_scale", "None or a finite number")
-        _require(math.isfinite(softmax_scale), f"softmax_scale is {softmax_scale}; allowed: None or a finite number")
+        _require_float32(softmax_scale, "softmax_scale", "None or a finite number that float32 can hold")
     if softcap is not None:
-        _require_type(softcap, number, "softcap", "None or a finite number > 0")
-        _require(softcap > 0 and math.isfinite(softcap), f"softcap is {softcap}; allowed: None or a finite number > 0")
-    _require_type(dropout_p, number, "dropout_p", "a number in [0, 1)")
+        _require_float32(softcap, "softcap", "None or a finite number > 0 that float32 can hold", positive=True)
+    _require_type(dropout_p, (int, float), "dropout_p", "a number in [0, 1)")
     _require(0.0 <= dropout_p < 1.0, f"dropout_p is {dropout_p}; allowed: 0 <= dropout_p < 1")
     _require_type(deterministic, bool, "deterministic", "True or False")
     _require_type(backend, str, "backend", f"one of {', '.join(BACKENDS)}")
     _require(backend in BACKENDS, f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
     for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        _require_type(length, (int, torch.SymInt), name, "an integer >= 0")
-        _require(length >= 0, f"{name} is {length}; allowed: an integer >= 0")
+        _require_type(length, (int, torch.SymInt), name, "an integer in int32")
+        _require(0 <= length < 2**31, f"{name} is {length}; allowed: 0 to {2**31 - 1}")
     return Options(
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
@@ -288,13 +299,16 @@ def _check_packed(operands: Operands, options: Options) -> None:
     query, key, cu_q, cu_k = operands.query, operands.key, operands.cu_seqlens_q, operands.cu_seqlens_k
     _check_qkv(operands, 3, "(total, num_heads, head_dim)")
     _check_sizes(operands, query.shape[1], key.shape[1])
-    assert cu_q is not None and cu_k is not None
+    for name in ("seqlens_k", "key_padding_mask", "bias"):
+        _require(getattr(operands, name) is None, f"{name} is given with packed sequences; allowed: None")
     for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
         _check_tensor(cu, name, query, (torch.int32,))
+        assert cu is not None
         _require(
             cu.dim() == 1 and cu.shape[0] >= 1 and (cu.stride(0) == 1 or cu.shape[0] == 1),
             f"{name} has shape {tuple(cu.shape)} and strides {cu.stride()}; allowed: contiguous (batch + 1,)",
         )
+    assert cu_q is not None and cu_k is not None
     _require(
         cu_q.shape == cu_k.shape,
         f"cu_seqlens_k has shape {tuple(cu_k.shape)}; allowed: {tuple(cu_q.shape)}, as cu_seqlens_q",
@@ -304,7 +318,7 @@ def _check_packed(operands: Operands, options: Options) -> None:
 
 def check(operands: Operands, options: Options) -> None:
     """Raise ValueError or TypeError if the operands do not make a problem. Works on fake tensors too."""
-    if operands.cu_seqlens_q is None:
+    if operands.cu_seqlens_q is None and operands.cu_seqlens_k is None:
         _check_dense(operands)
     else:
         _check_packed(operands, options)

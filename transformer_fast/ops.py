@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
@@ -79,6 +80,11 @@ def _by_operand(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[T
     return result
 
 
+def _is_transformed() -> bool:
+    """Are we inside torch.func (grad, vmap, ...)? A compiler deals with those itself."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _is_traced(operands: Operands, options: Options) -> bool:
     """Is somebody watching who must see an op: a compiler, a tracer, a mode, a transform, a tensor subclass?"""
     tensor: Any
@@ -95,7 +101,7 @@ def _is_traced(operands: Operands, options: Options) -> bool:
         or operands.query.is_meta
         or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _is_transformed()
         or torch._C._get_tracing_state() is not None
     )
 
@@ -109,6 +115,12 @@ def _takes_gradient(operands: Operands) -> bool:
         if tensor is not None and tensor.requires_grad:
             return True
     return False
+
+
+def _refuse_tangents(operands: Operands) -> None:
+    """Forward-mode derivatives would be lost in silence."""
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in operands):
+        raise UnsupportedError("forward-mode derivatives of a kernel; backend='reference' has them")
 
 
 def autocast_operands(operands: Operands) -> Operands:
@@ -142,8 +154,11 @@ def run(operands: Operands, options: Options, need_lse: bool) -> tuple[Tensor, T
     if traced:
         if not torch.compiler.is_compiling():
             select_backend(make_spec(operands, options))  # raises where a call that runs would
-        return attention_op(*operands, *options)[:2]
+        op = _TransformedAttention.apply if _is_transformed() else attention_op
+        return op(*operands, *options)[:2]  # type: ignore[no-any-return]
     runner = runner_for(operands, options)
+    if not runner.is_differentiable and forward_ad._current_level >= 0:
+        _refuse_tangents(operands)
     if not runner.is_differentiable and _takes_gradient(operands):
         return _Attention.apply(runner, *operands)
     return runner.forward(operands, need_lse=need_lse, need_stats=False)[:2]
@@ -239,11 +254,48 @@ def _op_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _dstats: No
     if dout is None:
         dout = torch.zeros_like(out)
     wanted = (bool(needs[_BIAS]), bool(needs[_SINKS]))
-    grads = attention_backward_op(*tensors, *ctx.options, out, lse, stats, dout, dlse, *wanted)
+    op = _TransformedBackward.apply if _is_transformed() else attention_backward_op
+    grads = op(*tensors, *ctx.options, out, lse, stats, dout, dlse, *wanted)
     return (*_by_operand(grads, needs), *[None] * _NUM_OPTIONS)
 
 
 attention_op.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+class _TransformedAttention(torch.autograd.Function):
+    """The same rules in the one form that torch.func differentiates."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return attention_op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[2])
+        _setup_context(ctx, inputs, output)
+
+    backward = staticmethod(_op_backward)
+
+
+class _TransformedBackward(torch.autograd.Function):
+    """The backward op in that form; it has no derivative of its own."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return attention_backward_op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
+        raise UnsupportedError("second derivatives of a kernel; backend='reference' has derivatives of any order")
 
 
 def _register_autocast(device_type: str) -> None:
@@ -276,7 +328,8 @@ def _fold(tensor: Tensor | None, in_dim: int | None, size: int) -> Tensor | None
     return tensor.flatten(0, 1)
 
 
-def _fold_operands(info: Any, in_dims: Sequence[int | None], operands: Operands) -> Operands:
+def _fold_operands(info: Any, in_dims: Sequence[int | None], operands: Operands) -> tuple[Operands, int]:
+    """The operands with the mapped dimension inside the batch, and the batch of one entry."""
     dims = dict(zip(Operands._fields, in_dims, strict=False))
     if operands.cu_seqlens_q is not None:
         raise UnsupportedError(
@@ -295,7 +348,8 @@ def _fold_operands(info: Any, in_dims: Sequence[int | None], operands: Operands)
     folded: dict[str, Any] = {}
     for name in ("query", "key", "value", "seqlens_k", "key_padding_mask"):
         folded[name] = _fold(getattr(operands, name), dims[name], size)
-    batch = folded["query"].shape[0] // size
+    query = operands.query
+    batch = query.shape[1 if dims["query"] == 0 else 0]
     for name, own_dims in (("bias", 4), ("alibi_slopes", 2)):
         tensor = getattr(operands, name)
         if tensor is None:
@@ -307,7 +361,7 @@ def _fold_operands(info: Any, in_dims: Sequence[int | None], operands: Operands)
         if tensor.dim() == own_dims:  # slopes (num_heads,), mapped: the same for the whole batch of an entry
             tensor = tensor.unsqueeze(1)
         folded[name] = tensor.expand(size, batch, *tensor.shape[2:]).flatten(0, 1)
-    return operands._replace(**folded)
+    return operands._replace(**folded), batch
 
 
 def _fold_stats(stats: Tensor, in_dim: int | None, size: int) -> Tensor:
@@ -319,8 +373,9 @@ def _fold_stats(stats: Tensor, in_dim: int | None, size: int) -> Tensor:
 @attention_op.register_vmap
 def _(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int]]:
     operands, options, _ = _split(args)
-    out, lse, stats = attention_op(*_fold_operands(info, in_dims, operands), *options)
-    size = (info.batch_size, -1)
+    folded, batch = _fold_operands(info, in_dims, operands)
+    out, lse, stats = attention_op(*folded, *options)
+    size = (info.batch_size, batch)
     return (out.unflatten(0, size), lse.unflatten(0, size), stats.unflatten(1, size)), (0, 0, 1)
 
 
@@ -331,8 +386,9 @@ def _(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[tuple[Tensor, ...]
         raise UnsupportedError("torch.func.vmap of the gradient of bias or sinks is not supported; map over a loop")
     out_dim, lse_dim, stats_dim, dout_dim, dlse_dim = in_dims[_NUM_OPERANDS + _NUM_OPTIONS :][:5]
     size = info.batch_size
+    folded, batch = _fold_operands(info, in_dims, operands)
     grads = attention_backward_op(
-        *_fold_operands(info, in_dims, operands),
+        *folded,
         *options,
         _fold(out, out_dim, size),
         _fold(lse, lse_dim, size),
@@ -342,4 +398,4 @@ def _(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[tuple[Tensor, ...]
         False,
         False,
     )
-    return (*(g.unflatten(0, (size, -1)) for g in grads[:3]), *grads[3:]), (0, 0, 0, None, None)
+    return (*(g.unflatten(0, (size, batch)) for g in grads[:3]), *grads[3:]), (0, 0, 0, None, None)

@@ -118,11 +118,16 @@ def _require_type(value: Any, kinds: type | tuple[type, ...], name: str, allowed
         raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; allowed: {allowed}")
 
 
+# Messages are formed only where they are raised: a compiler traces these lines with symbolic numbers, which it
+# cannot format.
+
+
 def _require_float32(value: Any, name: str, allowed: str, *, positive: bool = False) -> None:
     """A real number that float32, in which scores are computed, can hold."""
     _require_type(value, (int, float, torch.SymFloat, torch.SymInt), name, allowed)
     fits = abs(value) <= _FLOAT32.max and (not positive or value >= _FLOAT32.tiny)  # NaN is not <= anything
-    _require(fits, f"{name} is {value}; allowed: {allowed}")
+    if not fits:
+        raise ValueError(f"{name} is {value}; allowed: {allowed}")
 
 
 def parse_window(window_size: Any, causal: Any) -> tuple[int, int]:
@@ -131,16 +136,16 @@ def parse_window(window_size: Any, causal: Any) -> tuple[int, int]:
     if window_size is None:
         return -1, (0 if causal else -1)
     _require_type(window_size, (tuple, list), "window_size", "None or a pair (left, right)")
-    _require(
-        len(window_size) == 2, f"window_size is {window_size!r}; allowed: a pair (left, right), each side None or >= -1"
-    )
+    if len(window_size) != 2:
+        raise ValueError(f"window_size is {window_size!r}; allowed: a pair (left, right), each side None or >= -1")
     sides = []
     for side in window_size:
         if side is None:
             sides.append(-1)
             continue
         _require_type(side, (int, torch.SymInt), "window_size", "a pair (left, right) of integers or None")
-        _require(side >= -1, f"window_size is {window_size!r}; allowed: each side None, -1 (unbounded) or >= 0")
+        if side < -1:
+            raise ValueError(f"window_size is {window_size!r}; allowed: each side None, -1 (unbounded) or >= 0")
         sides.append(-1 if side >= UNBOUNDED else side)  # "no limit" is often written sys.maxsize
     return sides[0], (0 if causal else sides[1])
 
@@ -168,13 +173,16 @@ def parse_options(
     if softcap is not None:
         _require_float32(softcap, "softcap", "None or a finite number > 0 that float32 can hold", positive=True)
     _require_type(dropout_p, (int, float), "dropout_p", "a number in [0, 1)")
-    _require(0.0 <= dropout_p < 1.0, f"dropout_p is {dropout_p}; allowed: 0 <= dropout_p < 1")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}; allowed: 0 <= dropout_p < 1")
     _require_type(deterministic, bool, "deterministic", "True or False")
     _require_type(backend, str, "backend", f"one of {', '.join(BACKENDS)}")
-    _require(backend in BACKENDS, f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
     for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         _require_type(length, (int, torch.SymInt), name, "an integer in int32")
-        _require(0 <= length < 2**31, f"{name} is {length}; allowed: 0 to {2**31 - 1}")
+        if not 0 <= length < 2**31:
+            raise ValueError(f"{name} is {length}; allowed: 0 to {2**31 - 1}")
     return Options(
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,

@@ -64,7 +64,12 @@ const Kernels* kernels_named(const std::string& name) {
 const Kernels*& chosen() {
     static const Kernels* current = [] {
         const char* forced = std::getenv("TRANSFORMER_FAST_CPU_ISA");
-        return forced && *forced ? kernels_named(forced) : all_kernels().front();
+        if (!forced || !*forced) return all_kernels().front();
+        try {
+            return kernels_named(forced);
+        } catch (const std::invalid_argument& error) {
+            throw std::invalid_argument(std::string("TRANSFORMER_FAST_CPU_ISA: ") + error.what());
+        }
     }();
     return current;
 }

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -227,22 +228,28 @@ def _print_cases() -> None:
 
 def _print_rows(rows: Sequence[Row]) -> None:
     """One table a dtype, and below it why peers are missing."""
-    from transformer_fast.benchmarks import rate
+    from transformer_fast.benchmarks import missing_notes
 
     peers = list(dict.fromkeys(name for row in rows for name in row.peers))
     for dtype in dict.fromkeys(row.dtype for row in rows):
         mine = [row for row in rows if row.dtype == dtype]
-        table = Table(title=f"{dtype} on {mine[0].isa or 'cpu'}: time of a peer over ours", title_justify="left")
-        for column in ("case", "ours (ms)", *peers, "goal", "rate", "of peak"):
-            table.add_column(column, justify="left" if column == "case" else "right")
+        title = f"{dtype} on {mine[0].isa or 'cpu'}: a peer's time over ours"
+        table = Table(title=title, title_justify="left", box=SIMPLE)
+        table.add_column("case", no_wrap=True)
+        for column in ("ours (ms)", *peers, "goal", "of peak"):
+            table.add_column(column, justify="right", no_wrap=True)
         for row in mine:
-            goal = f"{row.goal:g}x {row.goal_peer}" if row.goal and row.goal_applies else "-"
             ratios = [_ratio(row, name) for name in peers]
-            table.add_row(row.title, f"{row.ours_ms:.3g}", *ratios, goal, rate(row), f"{row.fraction_of_peak:.0%}")
+            table.add_row(row.case, f"{row.ours_ms:.3g}", *ratios, _goal(row), f"{row.fraction_of_peak:.0%}")
         console.print(table)
-    notes = dict.fromkeys(f"no {name} in {row.title}: {why}" for row in rows for name, why in row.missing.items())
-    for note in notes:
+    for note in missing_notes(rows):
         console.print(escape(note), style="dim", highlight=False)
+
+
+def _goal(row: Row) -> str:
+    if row.goal is None or not row.goal_applies:
+        return "-"
+    return f"{row.goal:g}x" + ("" if row.goal_peer == "sdpa" else f" {row.goal_peer}")
 
 
 def _ratio(row: Row, peer: str) -> str:

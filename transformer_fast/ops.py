@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from .backends import Results, Runner, select_backend
@@ -61,13 +60,16 @@ class _Attention(torch.autograd.Function):
         return results.out, results.lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
         operands, results = Operands(*saved[:_NUM_OPERANDS]), Results(*saved[_NUM_OPERANDS:])
         needs = ctx.needs_input_grad[1:]
         if dout is None:
             dout = torch.zeros_like(results.out)
+        if torch.is_grad_enabled():  # create_graph=True: whoever differentiates again must hear that it cannot be
+            wanted = (needs[_BIAS], needs[_SINKS])
+            op = _TransformedBackward.apply
+            return None, *_by_operand(op(*operands, *ctx.runner.spec.options, *results, dout, dlse, *wanted), needs)
         grads = ctx.runner.backward(operands, results, dout, dlse, dbias=needs[_BIAS], dsinks=needs[_SINKS])
         return None, *_by_operand(grads, needs)
 
@@ -293,9 +295,10 @@ class _TransformedBackward(torch.autograd.Function):
         pass
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
-        raise UnsupportedError("second derivatives of a kernel; backend='reference' has derivatives of any order")
+        raise UnsupportedError(
+            "a kernel cannot be differentiated twice; backend='reference' has derivatives of any order"
+        )
 
 
 def _register_autocast(device_type: str) -> None:
@@ -335,11 +338,8 @@ def _fold_operands(info: Any, in_dims: Sequence[int | None], operands: Operands)
         raise UnsupportedError(
             "torch.func.vmap over attention_varlen is not supported; put the sequences in cu_seqlens"
         )
-    for name in ("sinks", "rng_seed"):
-        if dims[name] is not None:
-            raise UnsupportedError(
-                f"torch.func.vmap over {name} is not supported; only tensors with a batch can be mapped"
-            )
+    if dims["sinks"] is not None:
+        raise UnsupportedError("torch.func.vmap over sinks is not supported; only tensors with a batch can be mapped")
     if operands.rng_seed is not None:
         raise UnsupportedError(
             "torch.func.vmap with dropout_p > 0 is not supported: its randomness rules cannot be kept"

@@ -1,0 +1,143 @@
+"""Reading and writing weights: every name accounted for."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from transformer_fast import checkpoints, models
+from transformer_fast.models.families import FAMILIES
+from transformer_fast.testing import judge
+
+BERT_CONFIG = {
+    "model_type": "bert",
+    "architectures": ["BertModel"],
+    "vocab_size": 60,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "max_position_embeddings": 20,
+    "type_vocab_size": 2,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 0.05,  # large enough to be seen in the results
+}
+
+
+@pytest.fixture
+def bert_folder(tmp_path):
+    """A random BERT in the names of Hugging Face, norm gains and biases random too."""
+    config = FAMILIES["bert"].read_config(BERT_CONFIG)
+    model = models.Encoder(config)
+    size = config.hidden_size
+    tensors = {}
+    for name, sources in FAMILIES["bert"].key_map(config).items():
+        shape = model.state_dict()[name].shape
+        for source in sources:
+            tensors[source] = torch.randn(size if len(sources) > 1 else shape[0], *shape[1:])
+    tensors["embeddings.position_ids"] = torch.arange(20)[None]
+    tensors["pooler.dense.weight"], tensors["pooler.dense.bias"] = torch.randn(size, size), torch.randn(size)
+    (tmp_path / "config.json").write_text(json.dumps(BERT_CONFIG))
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def change(folder, **changes):
+    """Rewrite the weights with some tensors replaced, or dropped where the value is None."""
+    tensors = load_file(folder / "model.safetensors") | changes
+    save_file({k: v for k, v in tensors.items() if v is not None}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_a_random_bert_gives_the_states_of_hugging_face(bert_folder, padding_side):
+    theirs = transformers.BertModel.from_pretrained(bert_folder, attn_implementation="eager").eval()
+    ours = models.from_pretrained(bert_folder)
+    ids, types = torch.randint(60, (4, 11)), torch.randint(2, (4, 11))
+    keep = torch.arange(11) < torch.tensor([11, 3, 1, 7])[:, None]
+    keep = keep.flip(1) if padding_side == "left" else keep
+    with torch.no_grad():
+        states = ours(ids, keep, types)[keep]
+        baseline, oracle = (
+            theirs.to(dtype)(ids, attention_mask=keep.long(), token_type_ids=types).last_hidden_state[keep]
+            for dtype in (torch.float32, torch.float64)
+        )
+    verdict = judge(states, oracle, baseline, name="hidden states")
+    assert verdict.passed, str(verdict)
+
+
+def test_shards(bert_folder):
+    whole = models.from_pretrained(bert_folder).state_dict()
+    tensors = load_file(bert_folder / "model.safetensors")
+    names = sorted(tensors)
+    files = {name: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, name in enumerate(names)}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in names if files[name] == file}, bert_folder / file)
+    (bert_folder / "model.safetensors").unlink()
+    (bert_folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    sharded = models.from_pretrained(bert_folder).state_dict()
+    assert all(torch.equal(whole[name], sharded[name]) for name in whole)
+    (bert_folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model-00002-of-00002"):
+        models.from_pretrained(bert_folder)
+
+
+def test_missing_and_unexpected_keys_are_named(bert_folder):
+    change(bert_folder, **{"encoder.layer.1.output.dense.bias": None, "cls.decoder.bias": torch.zeros(60)})
+    message = r"1 missing: encoder\.layer\.1\.output\.dense\.bias; 1 unexpected: cls\.decoder\.bias"
+    with pytest.raises(checkpoints.CheckpointError, match=message):
+        models.from_pretrained(bert_folder)
+
+
+def test_wrong_shapes_are_named(bert_folder):
+    change(bert_folder, **{"encoder.layer.0.intermediate.dense.weight": torch.zeros(41, 24)})
+    message = r"intermediate\.dense\.weight has shape \(41, 24\), and blocks\.0\.mlp\.up\.weight needs \(40, 24\)"
+    with pytest.raises(checkpoints.CheckpointError, match=message):
+        models.from_pretrained(bert_folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"model_type": "perceiver"}, "type 'perceiver'; known are bert"),
+        ({"hidden_act": "relu"}, "hidden_act='relu'"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
+        ({"is_decoder": True}, "is_decoder=True"),
+    ],
+)
+def test_configurations_that_are_not_supported(bert_folder, changes, complaint):
+    (bert_folder / "config.json").write_text(json.dumps(BERT_CONFIG | changes))
+    with pytest.raises(ValueError, match=complaint):
+        models.from_pretrained(bert_folder)
+
+
+def test_a_folder_without_a_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        models.from_pretrained(tmp_path)
+
+
+def test_pooling_other_than_the_mean_is_refused(bert_folder):
+    (bert_folder / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": 24, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+    (bert_folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    with pytest.raises(ValueError, match="pools by pooling_mode_cls_token"):
+        models.load_sentence_encoder(bert_folder)
+
+
+def test_dtype_and_backend(bert_folder):
+    model = models.from_pretrained(bert_folder, dtype=torch.bfloat16, backend="reference")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {block.attention.options.backend for block in model.blocks} == {"reference"}
+    assert not model.training
+
+
+def test_a_trained_decoder_comes_back(decoder, tmp_path):
+    models.save_pretrained(decoder, tmp_path)
+    again = models.from_pretrained(tmp_path)
+    assert isinstance(again, models.CausalLM)
+    assert again.config == decoder.config
+    ids = torch.randint(50, (2, 9))
+    assert torch.equal(again(ids), decoder(ids))

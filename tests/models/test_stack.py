@@ -1,0 +1,180 @@
+"""The stacks: packed against padded, layouts, configurations, and a decoder against a plain one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from transformer_fast.models import CausalLM, Encoder, ModelConfig, SentenceEncoder, TokenLayout
+from transformer_fast.models.layers import Attention, AttentionOptions, heads_first
+from transformer_fast.testing import judge
+
+MASKS = {
+    "right padding": [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0]],
+    "left padding": [[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]],
+    "holes": [[1, 0, 1, 1, 0, 1], [1, 1, 1, 1, 1, 1], [0, 0, 1, 0, 1, 0]],
+    "an empty row": [[1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0]],
+}
+
+
+def plain_attention(query, key, value, layout, options: AttentionOptions):
+    """Softmax written out with a dense mask, for dense layouts without a cache."""
+    query, key, value = (heads_first(x, layout) for x in (query, key, value))
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    distance = torch.arange(layout.seqlen)[:, None] - torch.arange(layout.seqlen)
+    left, right = options.window_size or (layout.seqlen, layout.seqlen)
+    visible = (distance <= left) & (-distance <= (0 if options.causal else right))
+    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+    out = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ value
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def worst(runs, oracle):
+    """For each element, the one of the runs that is farthest from the oracle."""
+    runs = torch.stack(runs).double()
+    return runs.gather(0, (runs - oracle).abs().argmax(0, keepdim=True)).squeeze(0)
+
+
+def jittered_attention(*arguments):
+    """The plain attention, its last digit rounded at random."""
+    out = plain_attention(*arguments)
+    return out * (1 + torch.finfo(out.dtype).eps * torch.empty_like(out).uniform_(-1, 1))
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_packed_and_padded_agree(mask, encoder_config, randomized):
+    encoder = randomized(Encoder(encoder_config))
+    keep = torch.tensor(mask)
+    ids, types = torch.randint(50, keep.shape), torch.randint(2, keep.shape)
+    packed = encoder(ids, keep, types)
+    padded = encoder(ids, keep, types, packed=False)
+    oracle = encoder.double()(ids, keep, types, packed=False)
+    verdict = judge(packed, oracle, padded, name="packed hidden states")
+    assert verdict.passed, str(verdict)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_padding_never_reaches_a_result(mask, packed, encoder_config, randomized):
+    """Other ids in the padding: not one bit changes, in sentence vectors or gradients."""
+    model = SentenceEncoder(randomized(Encoder(encoder_config)))
+    keep = torch.tensor(mask)
+    ids = torch.randint(50, keep.shape)
+    results = []
+    for filler in (0, 49):
+        model.zero_grad()
+        vectors = model(ids.where(keep.bool(), filler), keep, packed=packed)
+        vectors.square().sum().add(vectors[:, 0].sum()).backward()
+        gradients = [p.grad.clone() for name, p in model.named_parameters() if "embeddings.tokens" not in name]
+        results.append([vectors.detach(), *gradients])
+        assert all(t.isfinite().all() for t in results[-1])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_decoder_against_plain_attention(decoder):
+    """Logits and gradients of rotary positions, grouped queries and alternate windows shorter than the sequence.
+
+    At the end of a whole model, one run's rounding errors say little of how large they may well be: the
+    baseline is the worst, element by element, of several plain runs.
+    """
+    ids = torch.randint(50, (2, 24))
+
+    def logits_and_gradients():
+        decoder.zero_grad()
+        decoder.loss(ids).backward()
+        return decoder(ids).detach(), torch.cat([p.grad.flatten() for p in decoder.parameters()])
+
+    ours = logits_and_gradients()
+    decoder.decoder.set_attention(jittered_attention)
+    plain_runs = [logits_and_gradients() for _ in range(8)]
+    decoder.decoder.set_attention(plain_attention)
+    decoder.double()
+    oracle = logits_and_gradients()
+    for i, name in enumerate(("logits", "gradients")):
+        verdict = judge(ours[i], oracle[i], worst([run[i] for run in plain_runs], oracle[i]), name=name)
+        assert verdict.passed, str(verdict)
+
+
+def test_windows_are_on_the_layers_that_ask_for_them(decoder, encoder_config):
+    windows = [module.options.window_size for module in decoder.modules() if isinstance(module, Attention)]
+    assert windows == [(4, 0), None, (4, 0)]
+    assert replace(encoder_config, sliding_window=3).window_of(1) == (2, 2)
+
+
+def test_causal_states_do_not_depend_on_later_tokens(decoder):
+    ids = torch.randint(50, (1, 20))
+    changed = ids.clone()
+    changed[0, 12:] = (ids[0, 12:] + 1) % 50
+    before, after = decoder(ids), decoder(changed)
+    assert torch.equal(before[:, :12], after[:, :12])
+    assert not torch.equal(before[:, 12:], after[:, 12:])
+
+
+def test_a_window_forgets_what_lies_behind_it(decoder_config, randomized):
+    """Three layers that see 4 tokens back reach 12, and not one more."""
+    model = randomized(CausalLM(replace(decoder_config, sliding_window_every=1)))
+    ids = torch.randint(50, (1, 20))
+    near, far = ids.clone(), ids.clone()
+    near[0, 19 - 12] = (ids[0, 19 - 12] + 1) % 50
+    far[0, 19 - 13] = (ids[0, 19 - 13] + 1) % 50
+    assert not torch.equal(model(ids)[:, -1], model(near)[:, -1])
+    assert torch.equal(model(ids)[:, -1], model(far)[:, -1])
+
+
+def test_loss_is_the_cross_entropy_of_the_next_token(decoder):
+    ids = torch.randint(50, (3, 11))
+    logits = decoder(ids[:, :-1])
+    torch.testing.assert_close(decoder.loss(ids), F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+
+
+def test_token_types_default_to_the_first(encoder_config, randomized):
+    encoder = randomized(Encoder(encoder_config))
+    ids = torch.randint(50, (2, 7))
+    assert torch.equal(encoder(ids), encoder(ids, token_type_ids=torch.zeros_like(ids)))
+    assert not torch.equal(encoder(ids), encoder(ids, token_type_ids=torch.ones_like(ids)))
+
+
+def test_layout_of_a_mask():
+    keep = torch.tensor(MASKS["holes"])
+    layout = TokenLayout.from_mask(keep)
+    assert layout.positions.tolist() == [0, 2, 3, 5, 0, 1, 2, 3, 4, 5, 2, 4]
+    assert layout.cu_seqlens is not None and layout.cu_seqlens.dtype == torch.int32
+    assert layout.cu_seqlens.tolist() == [0, 4, 10, 12]
+    assert layout.lengths.tolist() == [4, 6, 2]
+    assert layout.sequence_ids.tolist() == [0] * 4 + [1] * 6 + [2] * 2
+    counted = TokenLayout.from_mask(keep, count_from="token")
+    assert counted.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 0, 1]
+    grid = torch.arange(18.0).view(3, 6, 1)
+    rows = layout.take_rows(grid)
+    assert torch.equal(layout.to_grid(rows), grid * keep[..., None])
+    assert torch.equal(layout.last_rows(rows), torch.tensor([[5.0], [11.0], [16.0]]))
+    assert torch.equal(layout.mean(rows), torch.tensor([[2.5], [8.5], [15.0]]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"num_heads": 5}, "hidden_size=24 is not a multiple of num_heads=5"),
+        ({"num_kv_heads": 2}, "num_kv_heads=2 must divide num_heads=3"),
+        ({"norm": "batchnorm"}, "norm='batchnorm' is not one of layernorm, rmsnorm"),
+        ({"activation": "relu6"}, "activation='relu6'"),
+        ({"positions": "rope", "head_dim": 7}, "even head_dim, not 7"),
+        ({"sliding_window": 0}, "sliding_window=0"),
+    ],
+)
+def test_configurations_that_cannot_be_built(changes, complaint, encoder_config):
+    with pytest.raises(ValueError, match=complaint):
+        replace(encoder_config, **{"num_kv_heads": 0, "head_dim": 0, **changes})
+
+
+def test_other_complaints(encoder_config):
+    with pytest.raises(ValueError, match="unknown model configuration: colour"):
+        ModelConfig.from_dict({**encoder_config.to_dict(), "colour": "red"})
+    with pytest.raises(ValueError, match="causal=True"):
+        CausalLM(encoder_config)
+    with pytest.raises(ValueError, match="max_positions=32"):
+        Encoder(encoder_config)(torch.zeros(1, 33, dtype=torch.int64))

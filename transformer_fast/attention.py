@@ -78,8 +78,7 @@ def attention(
         ValueError, TypeError: an argument is wrong; the message names it, its value and what is allowed.
         UnsupportedError: the back end asked for by name cannot do the problem.
     """
-    if return_lse is not True and return_lse is not False:
-        parse_flag(return_lse, "return_lse")
+    parse_flag(return_lse, "return_lse")
     options = options_of(causal, window_size, softmax_scale, softcap, dropout_p, deterministic, backend)
     operands = Operands(
         query, key, value, None, None, seqlens_k, key_padding_mask, _four_dims(bias), alibi_slopes, sinks, None
@@ -128,8 +127,7 @@ def attention_varlen(
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if not isinstance(cu, Tensor):
             raise TypeError(f"{name} is of type {type(cu).__name__}; allowed: an int32 torch.Tensor (batch + 1,)")
-    if return_lse is not True and return_lse is not False:
-        parse_flag(return_lse, "return_lse")
+    parse_flag(return_lse, "return_lse")
     options = options_of(
         causal, window_size, softmax_scale, softcap, dropout_p, deterministic, backend, max_seqlen_q, max_seqlen_k
     )

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -233,15 +232,17 @@ def _print_rows(rows: Sequence[Row]) -> None:
     peers = list(dict.fromkeys(name for row in rows for name in row.peers))
     for dtype in dict.fromkeys(row.dtype for row in rows):
         mine = [row for row in rows if row.dtype == dtype]
-        title = f"{dtype} on {mine[0].isa or 'cpu'}: a peer's time over ours"
-        table = Table(title=title, title_justify="left", box=SIMPLE)
+        title = f"{dtype} on {mine[0].isa or 'cpu'}: our time, peers' times over ours, share of peak"
+        # Narrow: all peers have to fit into 80 columns.
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
         table.add_column("case", no_wrap=True)
-        for column in ("ours (ms)", *peers, "goal", "of peak"):
+        for column in ("ms", *peers, "goal", "peak"):
             table.add_column(column, justify="right", no_wrap=True)
         for row in mine:
             ratios = [_ratio(row, name) for name in peers]
             table.add_row(row.case, f"{row.ours_ms:.3g}", *ratios, _goal(row), f"{row.fraction_of_peak:.0%}")
         console.print(table)
+        console.print()
     for note in missing_notes(rows):
         console.print(escape(note), style="dim", highlight=False)
 
@@ -258,7 +259,7 @@ def _ratio(row: Row, peer: str) -> str:
     ratio = row.peers[peer].ratio
     reached = peer != row.goal_peer or row.goal is None or not row.goal_applies or ratio >= row.goal
     color = "red" if ratio < 1 else "green" if reached else "yellow"
-    return f"[{color}]{ratio:.2f}x[/]"
+    return f"[{color}]{ratio:.3g}x[/]"
 
 
 # ----------------------------------------------------------------------------------------------------------- demo

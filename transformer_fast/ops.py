@@ -146,7 +146,7 @@ def autocast_operands(operands: Operands) -> Operands:
 
 def run(operands: Operands, options: Options, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     """One attention problem from operands and options: the one place where the ways part."""
-    if operands.query is None or operands.key is None or operands.value is None:
+    if any(t is None for t in operands[:3]):
         check(operands, options)  # raises, naming the argument
     traced = _is_traced(operands, options)
     operands = autocast_operands(operands)
@@ -157,7 +157,7 @@ def run(operands: Operands, options: Options, need_lse: bool) -> tuple[Tensor, T
         if not torch.compiler.is_compiling():
             select_backend(make_spec(operands, options))  # raises where a call that runs would
         op = _TransformedAttention.apply if _is_transformed() else attention_op
-        return op(*operands, *options)[:2]  # type: ignore[no-any-return]
+        return op(*operands, *options)[:2]
     runner = runner_for(operands, options)
     if not runner.is_differentiable and forward_ad._current_level >= 0:
         _refuse_tangents(operands)

@@ -52,8 +52,7 @@ TF_INLINE void micro_kernel(const char* a, int64_t a_stride, const float* b, int
     const int64_t row_step = kAlong == Along::rows ? 4 : a_stride;
     const int64_t depth_step = kAlong == Along::rows ? a_stride : 4;
     F sum[R * V];
-    unroll<R * V>([&](auto i)
-                      TF_INLINE_LAMBDA { sum[i] = kAdd ? load(c + (i / V) * c_stride + (i % V) * kLanes) : zero(); });
+    unroll<R * V>([&](auto i) TF_INLINE_LAMBDA { sum[i] = zero(); });
     for (int64_t k = 0; k < depth; ++k) {
         F lanes[V];
         unroll<V>([&](auto v) TF_INLINE_LAMBDA { lanes[v] = load(b + v * kLanes); });
@@ -66,7 +65,11 @@ TF_INLINE void micro_kernel(const char* a, int64_t a_stride, const float* b, int
         a += depth_step;
         b += b_stride;
     }
-    unroll<R * V>([&](auto i) TF_INLINE_LAMBDA { store(c + (i / V) * c_stride + (i % V) * kLanes, sum[i]); });
+    // C joins at the end: a long sum made of short sums keeps its accuracy.
+    unroll<R * V>([&](auto i) TF_INLINE_LAMBDA {
+        float* to = c + (i / V) * c_stride + (i % V) * kLanes;
+        store(to, kAdd ? load(to) + sum[i] : sum[i]);
+    });
 }
 
 // All rows, R at a time, the rest in halves of it.

@@ -42,8 +42,9 @@ def show_encoder(console: Console, results: EncoderResults) -> None:
 def show_decoder(console: Console, results: DecoderResults) -> None:
     """Losses, a sample and speeds."""
     training = results.training
+    threads = "1 thread" if training.threads == 1 else f"{training.threads} threads"
     console.print(
-        f"{len(training.losses)} steps in {training.wall_seconds:.0f} s on {training.threads} thread{'s' * (training.threads != 1)}, "
+        f"{len(training.losses)} steps in {training.wall_seconds:.0f} s on {threads}, "
         f"{training.tokens_per_second:,.0f} bytes/s. "
         f"Validation loss [bold]{results.validation:.3f}[/] nats a byte (from {training.validation[0][1]:.3f}); "
         f"a byte bigram model has {results.bigram:.3f}."

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from transformer_fast.benchmarks import run_cases
-from transformer_fast.benchmarks.measure import interleaved, ratio, summarise
+from transformer_fast.benchmarks.measure import interleaved, summarise
 
 # The benchmark cases that tell the story, of those with a goal of their own.
 VARIANTS = (
@@ -46,7 +46,7 @@ class VariantSpeed:
 
 
 def compare(ways: Mapping[str, Callable[[], object]], base: str, repeats: int, seconds: float = 20.0) -> list[Speed]:
-    """Run the ways in turns; medians, and ratios to the way called ``base``.
+    """Run the ways in turns; medians, and the median of the way called ``base`` over each.
 
     A machine on which ``repeats`` samples would take more than about ``seconds`` takes fewer, 3 at least.
     """
@@ -56,7 +56,8 @@ def compare(ways: Mapping[str, Callable[[], object]], base: str, repeats: int, s
     once = time.perf_counter() - started
     # Each sample is two runs, one of them off the clock.
     samples = interleaved(dict(ways), max(min(3, repeats), min(repeats, int(seconds / (2 * once)))))
-    return [Speed(name, summarise(own).ms, ratio(samples[base], own).median) for name, own in samples.items()]
+    medians = {name: summarise(own).ms for name, own in samples.items()}
+    return [Speed(name, milliseconds, medians[base] / milliseconds) for name, milliseconds in medians.items()]
 
 
 def variants(quick: bool, on_case: Callable[[int, int, str], None]) -> list[VariantSpeed]:

@@ -32,8 +32,8 @@ def load_corpus(validation_every: int = 10) -> Corpus:
         from pydoc_data import topics
     except ImportError as error:
         raise RuntimeError(
-            "the demo reads its text from the standard library's pydoc_data, and this Python came without it; "
-            "some distributions put it into a package of its own (for example libpython3-stdlib or python3-doc)"
+            "the demo reads its text from the standard library's pydoc_data, and this Python came without it: "
+            "it may be in another package of the system, or use a Python from python.org"
         ) from error
     blocks = (_unwrap(block) for topic in topics.topics.values() for block in re.split(r"\n\s*\n", topic))
     paragraphs = tuple(dict.fromkeys(block for block in blocks if _is_prose(block)))

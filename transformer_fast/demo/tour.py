@@ -39,7 +39,7 @@ class Scale:
 
     sentences: int = 600
     repeats: int = 7
-    speed_batch: int = 64
+    speed_batch: int = 32
     plan: training.TrainingPlan = field(default_factory=training.TrainingPlan)
     sample_bytes: int = 500
     speed_length: int = 2048

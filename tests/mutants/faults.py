@@ -1,0 +1,230 @@
+"""The faults that `make mutants` plants, one at a time: data for tests/mutants.py.
+
+Each is an exact text that occurs once in its file, and what it is replaced with. A text that is no longer found stops
+the run before it begins: whoever changes that line moves the fault along. Short texts rot least.
+
+`tests` names the part of the suite that is run, with the tests most likely to see the fault first.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    """One fault: `old` becomes `new` in `file`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    isa: str = "portable"  # what is built and run; the faults in paired products need avx512_bf16
+
+
+def _selection(files: str, keywords: str) -> tuple[str, ...]:
+    return (*(f"tests/{name}.py" for name in files.split()), "-k", keywords)
+
+
+# One instruction set and one type are enough for what is written once for all of them.
+_PORTABLE = "portable and not bfloat16 and not float16"
+_KERNEL = _selection("test_conformance test_masks test_cpu_native", _PORTABLE)
+_MASK = _selection("test_masks test_conformance", f"definition or ({_PORTABLE})")
+_POISON = _selection("test_cpu_native test_conformance", _PORTABLE)
+_PAIRED = _selection("test_conformance", "avx512_bf16 and bfloat16")
+_DATA = _selection("test_arguments", "data_out_of_range")
+_ROWS = _selection("test_arguments", "rejects")
+_DROPOUT = _selection("test_ops test_conformance", _PORTABLE)
+_OPS = _selection("test_ops", "not opcheck and not compiled and not finite and not exported")
+_OPCHECK = _selection("test_ops", "opcheck or fake")
+_AUTOCAST = _selection("test_ops", "autocast and not compiled")
+_LAYOUT = _selection("test_cpu_native test_ops test_conformance", f"views or order or ({_PORTABLE})")
+
+_CORE, _CPU, _HOST = "csrc/core/", "csrc/cpu/", "csrc/cpu/host/"
+_PACKAGE = "transformer_fast/"
+
+MASK = [
+    Fault("window: one key too few on the left", _CORE + "mask.h",
+          "max_of(mask.start, position - mask.left)", "max_of(mask.start, position - mask.left + 1)", _MASK),
+    Fault("window: one key too many on the right", _CORE + "mask.h",
+          "min_of(mask.end, position + mask.right + 1)", "min_of(mask.end, position + mask.right + 2)", _MASK),
+    Fault("tile range: all rows are said to see what the first row sees", _CORE + "mask.h",
+          "full_begin = max_of(mask.start, last - mask.left)", "full_begin = max_of(mask.start, first - mask.left)",
+          _KERNEL),
+    Fault("tile range: ends with the first row", _CORE + "mask.h",
+          "end = min_of(mask.end, last + mask.right + 1)", "end = min_of(mask.end, first + mask.right + 1)", _KERNEL),
+    Fault("alignment: top-left", _HOST + "sequences.cpp", "s.len_k - s.len_q, p.left", "0, p.left", _KERNEL),
+    Fault("alignment: key lengths do not move it", _HOST + "sequences.cpp",
+          "s.len_k - s.len_q, p.left", "(p.packed ? s.len_k : p.seqlen_k) - s.len_q, p.left", _KERNEL),
+    Fault("key lengths: always the first entry's", _HOST + "sequences.cpp",
+          "p.seqlens_k[b * p.seqlens_k_stride]", "p.seqlens_k[0]", _KERNEL),
+    Fault("key padding mask: ignored", _HOST + "sequences.cpp",
+          "if (p.key_mask != nullptr) apply_key_mask(p, s);", "", _KERNEL),
+    Fault("key padding mask: holes ignored", _HOST + "sequences.cpp",
+          "s.holes = !row[j * p.key_mask_key]", "s.holes = false", _KERNEL),
+    Fault("key padding mask: left padding seen", _HOST + "sequences.cpp", "s.mask.start = first;", "", _KERNEL),
+    Fault("dense mask: summary one key short at the row's end", _HOST + "sequences.cpp",
+          "return set(i, first, keys, true);", "return set(i, first, keys - 1, true);", _KERNEL),
+    Fault("dense mask: rows with holes called solid", _HOST + "sequences.cpp",
+          "set(i, first, last, false);", "set(i, first, last, true);", _KERNEL),
+    Fault("dense mask: bytes not read where there are holes", _CPU + "tile.h", " && !reads_mask[v];", ";", _KERNEL),
+    Fault("edge blocks: one key more than a row sees", _CPU + "tile.h", "(last > key)", "(last >= key)", _KERNEL),
+    Fault("edge blocks: forward leaves them unmasked", _CPU + "forward.cpp",
+          "if (masked) tile.apply_mask(", "if (false) tile.apply_mask(", _KERNEL),
+    Fault("edge blocks: backward leaves them unmasked", _CPU + "backward.cpp",
+          "if (masked) tile.apply_mask(", "if (false) tile.apply_mask(", _KERNEL),
+    Fault("decode: sees keys past the row's end", _CPU + "decode.cpp",
+          "seen.lo <= j && j < seen.hi", "seen.lo <= j", _KERNEL),
+    Fault("packed: keys begin where the queries begin", _HOST + "sequences.cpp",
+          "s.first_key = p.packed ? p.cu_seqlens_k[b]", "s.first_key = p.packed ? p.cu_seqlens_q[b]", _KERNEL),
+    Fault("packed: lse of a head begins at another's", _CORE + "params.h",
+          "head * total_q + first_row + row", "head * seqlen_q + first_row + row", _KERNEL),
+]  # fmt: skip
+
+SOFTMAX = [
+    Fault("online softmax: accumulator not rescaled", _CPU + "forward.cpp",
+          "store(o, load(o) * shrink);", "store(o, load(o));", _KERNEL),
+    Fault("online softmax: sum not rescaled", _CPU + "forward.cpp",
+          "load(row_sum + v * kLanes) * shrink", "load(row_sum + v * kLanes)", _KERNEL),
+    Fault("sink: not in the sum", _CPU + "forward.cpp",
+          "const F total = l * shrink +", "const F total = l * shrink + 0.0f *", _KERNEL),
+    Fault("lse: base 2 given out as natural", _CPU + "tile.h", "top * p.score_natural()", "top", _KERNEL),
+    Fault("lse: the maximum from before the sink", _CPU + "forward.cpp",
+          "select(empty, set1(-kInfinity), safe)", "m", _KERNEL),
+    Fault("statistics: planes swapped", _CPU + "backward.cpp",
+          "row_max[lane] = p.stats[at];\n                row_inverse[lane] = p.stats[plane + at];",
+          "row_max[lane] = p.stats[plane + at];\n                row_inverse[lane] = p.stats[at];", _KERNEL),
+    Fault("decode: chunks joined without their weight", _CPU + "decode.cpp",
+          "sum += partial[1] * weight[0];", "sum += partial[1];", _KERNEL),
+    Fault("decode: sum not rescaled", _CPU + "decode.cpp", "state[1] *= shrink;", "", _KERNEL),
+    Fault("decode: heads of a group in the wrong order", _CPU + "decode.cpp",
+          "chunk.kv_head * p.group_size + r % p.group_size",
+          "chunk.kv_head + r % p.group_size * p.num_kv_heads", _KERNEL),
+    Fault("grouped heads: interleaved instead of side by side", _CPU + "tile.h",
+          "kv_head * p.group_size + member", "kv_head + member * p.num_kv_heads", _KERNEL),
+    Fault("NaN in a value: lost where it is seen", _CPU + "forward.cpp",
+          "if (block.dirty) add_dirty_values(v0, count, k0, k1);", "", _POISON),
+    Fault("NaN in a value: reaches rows that do not see it", _CPU + "forward.cpp",
+          "edge && j < keys && !block.dirty", "edge && j < 0 && !block.dirty", _POISON),
+    Fault("NaN in a key: its dP reaches the rows that do not see it", _CPU + "backward.cpp",
+          "if (masked) gradient = select(", "if (false) gradient = select(", _POISON),
+    Fault("paired products: an odd last key counted twice", _CPU + "forward.cpp",
+          "const bool both = j + 1 < keys;", "const bool both = true;", _PAIRED, "avx512_bf16"),
+    Fault("paired products: a segment begins inside a pair", _CPU + "tile.h",
+          "seen.lo -= (seen.lo - n0) & 1;", "", _PAIRED, "avx512_bf16"),
+    Fault("paired products: dS of the second key lost", _CPU + "backward.cpp",
+          "j + 1 < keys ? load(dscores + at + kRows)", "j + 1 < 0 ? load(dscores + at + kRows)",
+          _PAIRED, "avx512_bf16"),
+]  # fmt: skip
+
+OPTIONS = [
+    Fault("ALiBi: sign", _CPU + "tile.h", "x -= alibi_v *", "x += alibi_v *", _KERNEL),
+    Fault("ALiBi: distance without the offset", _CPU + "tile.h",
+          "position[lane] + s.mask.offset - k0", "position[lane] - k0", _KERNEL),
+    Fault("softcap: no derivative", _CPU + "backward.cpp",
+          "if (p.softcap != 0.0f) through_softcap(", "if (false) through_softcap(", _KERNEL),
+    Fault("softcap: wrong derivative", _CPU + "tile.h", "1.0f - t * t", "1.0f - t", _KERNEL),
+    Fault("dbias: taken after the softcap's derivative", _CPU + "backward.cpp",
+          "if (p.dbias != nullptr) add_dbias(v0, count, k0, k1);",
+          "if (p.dbias != nullptr && p.softcap != 0.0f) through_softcap(v0, count, keys);\n"
+          "        if (p.dbias != nullptr) add_dbias(v0, count, k0, k1);",
+          _KERNEL),
+    Fault("dropout: words of a counter in another order", _CPU + "tile.h",
+          "cache[w * kLanes + i] =", "cache[(3 - w) * kLanes + i] =", _DROPOUT),
+    Fault("dropout: half the threshold", _CPU + "tile.h",
+          "p.dropout_p * 4294967296.0", "p.dropout_p * 2147483648.0", _DROPOUT),
+    Fault("dropout: one mask for the whole batch", _CPU + "tile.h", "static_cast<uint32_t>(s.index)", "0u", _DROPOUT),
+    Fault("dropout: kept ones not scaled up", _CPU + "tile.h", "1.0 / (1.0 - p.dropout_p)", "1.0", _DROPOUT),
+    Fault("dropout: taken out of the sum as well", _CPU + "forward.cpp",
+          "sum += e;\n            e *= tile.dropout_factor(v, j, cache, cached);",
+          "e *= tile.dropout_factor(v, j, cache, cached);\n            sum += e;", _DROPOUT),
+    Fault("dropout: backward forgets it in dP", _CPU + "backward.cpp", "gradient = gradient * factor;", "", _DROPOUT),
+]  # fmt: skip
+
+BACKWARD = [
+    Fault("delta: gradient of lse left out", _CPU + "backward.cpp", "delta[lane] -= p.dlse[at];", ";", _KERNEL),
+    Fault("dq: not scaled", _CPU + "backward.cpp",
+          "p.head_dim, p.softmax_scale, to)", "p.head_dim, 1.0f, to)", _KERNEL),
+    Fault("dk: not scaled", _HOST + "backward.cpp",
+          "parts, p.head_dim, p.softmax_scale, sum", "parts, p.head_dim, 1.0f, sum", _KERNEL),
+    Fault("dk, dv: stored as if every run began with its block", _CPU + "backward.cpp",
+          "at = k0 - run_.key_begin", "at = k0 - block.begin", _KERNEL),
+    Fault("dk, dv: accumulators not cleared", _HOST + "backward.cpp",
+          "std::memset(run.dkey, 0, static_cast<size_t>(widths.floats(run)) * 4);", "", _KERNEL),
+    Fault("dk, dv: only the first part of a head counts", _CPU + "backward.cpp",
+          "if (part_count == 1) return", "if (part_count >= 1) return", _KERNEL),
+]  # fmt: skip
+
+ADAPTER = [
+    Fault("adapter: window sides swapped", _PACKAGE + "backends/cpu.py",
+          "masks.bounds(options.window_left, options.window_right)",
+          "masks.bounds(options.window_right, options.window_left)", _KERNEL),
+    Fault("adapter: bias not broadcast", _PACKAGE + "backends/cpu.py",
+          "return tuple(0 if n == 1 else s for n, s in", "return tuple(s for n, s in", _KERNEL),
+    Fault("adapter: out written with the query's strides", _PACKAGE + "backends/cpu.py",
+          '"out": _row_strides(out, self.packed)', '"out": _row_strides(query, self.packed)', _KERNEL),
+    Fault("adapter: slopes of a batch read with one stride", _PACKAGE + "backends/cpu.py",
+          "(0, *slopes.stride)[-2:]", "(0, *slopes.stride)[:2]", _KERNEL),
+    Fault("adapter: statistics and lse swapped", _PACKAGE + "backends/cpu.py",
+          "*map(_pointer, (out, lse, stats)),", "*map(_pointer, (out, stats, lse)),", _KERNEL),
+    Fault("adapter: sign of dsinks", _PACKAGE + "backends/cpu.py",
+          "sink_grad = -(share", "sink_grad = (share", _KERNEL),
+    Fault("adapter: gradient of lse not made contiguous", _PACKAGE + "backends/cpu.py",
+          "dlse.to(torch.float32).contiguous()", "dlse.to(torch.float32)", _LAYOUT),
+    Fault("adapter: expanded gradient of out taken as it is", _PACKAGE + "backends/cpu.py",
+          "if dout.stride(-1) != 1 and dout.shape[-1] > 1:", "if False:", _KERNEL),
+    Fault("memory order: heads before rows for everybody", _PACKAGE + "layout.py",
+          "if query.stride(1) < query.stride(2):", "if False:", _OPS),
+]  # fmt: skip
+
+PYTHON = [
+    Fault("spec: causal forgets a window's right side", _PACKAGE + "spec.py",
+          "return sides[0], (0 if causal else sides[1])", "return sides[0], sides[1]", _KERNEL),
+    Fault("spec: shape of the bias not checked", _PACKAGE + "spec.py",
+          "_require(fits,", "_require(True or fits,", _ROWS),
+    Fault("spec: strided rows not refused", _PACKAGE + "spec.py",
+          "tensor.stride(-1) == 1 or", "True or tensor.stride(-1) == 1 or", _ROWS),
+    Fault("spec: int64 key lengths let through", _PACKAGE + "spec.py",
+          '"seqlens_k", query, (torch.int32,)', '"seqlens_k", query, (torch.int32, torch.int64)', _ROWS),
+    Fault("spec: dropout of everything let through", _PACKAGE + "spec.py",
+          "0.0 <= dropout_p < 1.0", "0.0 <= dropout_p <= 1.0", _ROWS),
+    Fault("spec: the reference does not look at key lengths", _PACKAGE + "spec.py",
+          "0 <= length <= spec.seqlen_k", "0 <= length", _DATA),
+    Fault("native: offsets that do not begin at 0 let through", _HOST + "sequences.cpp",
+          "require(cu[0] == 0,", "require(true,", _DATA),
+    Fault("ops: checks remembered without strides", _PACKAGE + "ops.py",
+          "(t.shape, t.stride(), t.dtype, t.device)", "(t.shape, t.dtype, t.device)", _OPS),
+    Fault("ops: slopes that require grad remembered as right", _PACKAGE + "ops.py",
+          "slopes is not None and slopes.requires_grad and torch.is_grad_enabled(),", "False,",
+          _selection("test_arguments", "slopes")),
+    Fault("ops: autocast dropped", _PACKAGE + "ops.py",
+          "operands = autocast_operands(operands)\n    if options.dropout_p", "if options.dropout_p", _AUTOCAST),
+    Fault("ops: fake rule promises other strides", _PACKAGE + "ops.py",
+          "return new_output(query, operands.value.shape[-1]), lse, stats",
+          "return new_output(query.contiguous(), operands.value.shape[-1]), lse, stats", _OPCHECK),
+    Fault("ops: fake rule promises lse in the query's type", _PACKAGE + "ops.py",
+          "dtype=torch.promote_types(query.dtype, torch.float32))", "dtype=query.dtype)", _OPCHECK),
+    Fault("ops: vmap folds the batch in front", _PACKAGE + "ops.py",
+          "return tensor.flatten(0, 1)", "return tensor.transpose(0, 1).flatten(0, 1)", _OPS),
+    Fault("ops: dbias never asked for", _PACKAGE + "ops.py",
+          "dbias=needs[_BIAS], dsinks=needs[_SINKS])", "dbias=False, dsinks=needs[_SINKS])", _KERNEL),
+    Fault("ops: a second derivative is a constant", _PACKAGE + "ops.py",
+          "if torch.is_grad_enabled():  # create_graph", "if False:  # create_graph", _OPS),
+    Fault("ops: what backward needs may be overwritten", _PACKAGE + "ops.py",
+          "ctx.save_for_backward(*operands, *results)",
+          "ctx.save_for_backward(*[None if t is None else t.data for t in operands], *results)",
+          _selection("test_cpu_native", "overwritten")),
+    Fault("reference: key lengths do not move the alignment", _PACKAGE + "masks.py",
+          "+ (end - seqlen_q)", "+ (seqlen_k - seqlen_q)",
+          _selection("test_masks test_conformance", "definition or plain")),
+    Fault("reference: bias before the softcap", _PACKAGE + "reference.py",
+          "    if options.softcap is not None:\n",
+          "    if bias is not None:\n        scores, bias = scores + bias.to(dtype), None\n"
+          "    if options.softcap is not None:\n",
+          _selection("test_conformance", "plain_computation")),
+    Fault("reference: a sink that gives a value", _PACKAGE + "reference.py",
+          "lse = torch.logsumexp(logits, dim=-1)", "lse = torch.logsumexp(logits[..., :seqlen_k], dim=-1)",
+          _selection("test_conformance", "plain_computation")),
+]  # fmt: skip
+
+FAULTS = [*MASK, *SOFTMAX, *OPTIONS, *BACKWARD, *ADAPTER, *PYTHON]

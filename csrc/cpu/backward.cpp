@@ -200,7 +200,8 @@ class Backward : BackwardScratch<E> {
         for (int64_t j = 0; j < k1 - k0; ++j) {
             float* s = scores + j * kRows + v * kLanes;
             float* ds = dscores + j * kRows + v * kLanes;
-            const F probability = exp_score<E::kExpDegree, kNatural>(load(s), scale, top) * inverse;
+            F probability = exp_score<E::kExpDegree, kNatural>(load(s), scale, top) * inverse;
+            if (masked) probability = select(load(s) == -kInfinity, zero(), probability);  // though inverse be NaN
             F gradient = load(ds), kept = probability;
             if (p.dropout_p > 0.0) {
                 const F factor = tile.dropout_factor(v, k0 + j, cache, cached);

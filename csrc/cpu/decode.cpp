@@ -315,11 +315,15 @@ void combine(const Problem& p, const Sequence& s, int64_t kv_head, const KeyChun
     for (int64_t r = 0; r < s.len_q * p.group_size; ++r) {
         const int64_t head = kv_head * p.group_size + r % p.group_size, row = r / p.group_size;
         float top = -kInfinity, sum = 0.0f;
-        for (int64_t c = 0; c < count; ++c) top = max_of(top, chunks[c].partial[r * state]);
-        const bool empty = top == -kInfinity;
+        for (int64_t c = 0; c < count; ++c) {
+            top = max_of(top, chunks[c].partial[r * state]);
+            sum += chunks[c].partial[r * state + 1];
+        }
+        const bool empty = top == -kInfinity && sum == 0.0f;  // scores that are all NaN leave no maximum, but a sum
         if (!empty) {
             const float sink = sink_of(p, head);
             top = max_of(top, sink);
+            if (top == -kInfinity) top = 0.0f;
             sum = exp2<5>(set1((sink - top) * p.score_log2()))[0];
         }
         std::memset(out, 0, static_cast<size_t>(width) * 4);

@@ -246,7 +246,7 @@ class Forward : ForwardScratch<E> {
             const F safe = select(fresh == -kInfinity, zero(), fresh);
             const F shrink = exp2<5>((m - safe) * p.score_log2());
             const F total = l * shrink + exp2<5>((extra - safe) * p.score_log2());
-            const I empty = m == -kInfinity;
+            const I empty = (m == -kInfinity) & (l == 0.0f);  // scores that are all NaN leave no maximum, but a sum
             const F inverse = select(empty, zero(), 1.0f / total);
             const F scale = inverse * shrink;
             for (int64_t d = 0; d < p.head_dim_v; ++d) {

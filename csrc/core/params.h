@@ -91,7 +91,7 @@ struct Tile {
 struct KeyChunk {
     int32_t sequence, kv_head;
     int64_t begin, end;
-    float* partial;  // per packed row: maximum, sum, head_dim_v values
+    float* partial;  // per packed row: maximum, sum, values
 };
 
 // A run of query tiles that one task takes through the backward pass, with float32 accumulators for the keys
@@ -113,6 +113,7 @@ struct Kernels {
     int64_t (*forward_workspace)(const Problem&);
     void (*forward)(const Problem&, const Sequence&, const Tile&, char* workspace);
     int64_t (*decode_workspace)(const Problem&);
+    int64_t (*decode_state)(const Problem&);  // floats of a row's partial result
     void (*decode)(const Problem&, const Sequence&, const KeyChunk&, char* workspace);
     // Joins the partial results of one KV head's chunks: out, lse and statistics of its rows.
     void (*combine)(const Problem&, const Sequence&, int64_t kv_head, const KeyChunk*, int64_t count, char* workspace);

@@ -11,7 +11,35 @@ typedef float Q __attribute__((vector_size(16)));
 
 constexpr int kBlockBytes = 16384;  // of K or V in a block: half of a level-1 cache
 constexpr int64_t kMaxBlock = 64, kMinBlock = 16;
-constexpr int64_t kPrefetchRows = 12;  // how far ahead of use rows of K are asked for
+constexpr int64_t kLine = 64;                   // bytes of a cache line
+constexpr int kDotRows = kLanes == 16 ? 4 : 2;  // query rows by four keys: as many sums as the registers hold
+
+// Asks for the cache lines of some rows a few at a time, while other rows are worked on. Asked for all at once they
+// fill the queue of outstanding misses, and what is needed now waits behind them. They go to the level-2 cache: on
+// their way to level 1 each would hold one of its few miss registers until memory answers (measured with two threads
+// on a Zen 4: 16-18 GB/s in bursts, 21-25 spread over the work, 25-26 spread and to level 2; reading alone 45).
+class Ahead {
+  public:
+    Ahead(const char* first, int64_t stride, int64_t rows, int64_t row_bytes, int64_t steps)
+        : row_(first), at_(0), stride_(stride), row_bytes_(row_bytes), rows_(rows) {
+        lines_ = steps > 0 ? ceil_div(rows * ceil_div(row_bytes, kLine), steps) : 0;
+    }
+    TF_INLINE void step() {
+        for (int64_t i = 0; i < lines_ && rows_ > 0; ++i) {
+            __builtin_prefetch(row_ + at_, 0, 2);
+            at_ += kLine;
+            if (at_ >= row_bytes_) {
+                at_ = 0;
+                row_ += stride_;
+                --rows_;
+            }
+        }
+    }
+
+  private:
+    const char* row_;
+    int64_t at_, stride_, row_bytes_, rows_, lines_;
+};
 
 TF_INLINE Q add_quarters(F x) {
 #if defined(__AVX512F__)
@@ -36,28 +64,71 @@ TF_INLINE Q sum_each(F a, F b, F c, F d) {
     return __builtin_shuffle(s01, s23, Index{0, 1, 4, 5}) + __builtin_shuffle(s01, s23, Index{2, 3, 6, 7});
 }
 
+TF_INLINE float sum_of(F x) {
+    const Q q = add_quarters(x);
+    return (q[0] + q[1]) + (q[2] + q[3]);
+}
+
+TF_INLINE float largest(F x) {
+    alignas(64) float lane[kLanes];
+    store(lane, x);
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) lane[i] = max_of(lane[i], lane[i + half]);
+    }
+    return lane[0];
+}
+
+// Two rows of bf16 as pairs (first[i], second[i]), in the order that one instruction a vector gives: of each quarter
+// of the row, the first half goes to `low` and the second to `high`.
+TF_INLINE void interleave(F first, F second, F& low, F& high) {
+#if defined(__AVX512F__)
+    const __m512i a = reinterpret_cast<__m512i>(first), b = reinterpret_cast<__m512i>(second);
+    low = reinterpret_cast<F>(_mm512_unpacklo_epi16(a, b));
+    high = reinterpret_cast<F>(_mm512_unpackhi_epi16(a, b));
+#else
+    (void)first, (void)second, (void)low, (void)high;  // only AVX-512 has paired products
+#endif
+}
+
 inline int64_t block_keys(const Problem& p, int64_t element_size) {
     const int64_t row_bytes = max_of(p.head_dim, p.head_dim_v) * element_size;
     return max_of(kMinBlock, min_of(kMaxBlock, kBlockBytes / row_bytes / 16 * 16));
 }
 
+// Elements that one vector load takes from a row: floats, or (paired) twice as many bf16.
+template <class E>
+constexpr int64_t kStep = E::kPaired ? 2 * kLanes : kLanes;
+
 template <class E>
 struct DecodeScratch {
-    int64_t rows, keys, width, width_v;  // width: 32-bit elements of a staged row, whole vectors
-    float *queries, *scores, *staged_key, *staged_value, *weights;
+    int64_t rows, keys, width, width_v;  // width: elements of a row, whole vectors
+    float *queries, *scores, *weights;
+    char *staged_key, *staged_value;  // rows of the caller's type, where theirs are no whole vectors
 
     DecodeScratch(const Problem& p, int64_t row_count, Arena& arena)
         : rows(row_count),
           keys(block_keys(p, E::kSize)),
-          width(round_up(E::elements(p.head_dim), kLanes)),
-          width_v(round_up(p.head_dim_v, kLanes)) {
-        queries = arena.floats(rows * width);
+          width(round_up(p.head_dim, kStep<E>)),
+          width_v(round_up(p.head_dim_v, kStep<E>)) {
+        queries = arena.floats(rows * E::elements(width));
         scores = arena.floats(rows * keys);
         weights = arena.floats(rows * keys);  // paired: the probabilities as bf16
-        staged_key = arena.floats(keys * width);
-        staged_value = arena.floats(keys * width_v);
+        staged_key = reinterpret_cast<char*>(arena.floats(ceil_div(keys * width * E::kSize, 4)));
+        staged_value = reinterpret_cast<char*>(arena.floats(ceil_div(keys * width_v * E::kSize, 4)));
     }
 };
+
+// A block of rows of K or V; stride in bytes.
+struct Rows {
+    const char* first;
+    int64_t stride;
+};
+
+// Floats of a row's partial result: maximum, sum, values.
+template <class E>
+int64_t state_size(const Problem& p) {
+    return 2 + round_up(p.head_dim_v, kStep<E>);
+}
 
 template <class E>
 class Decode : DecodeScratch<E> {
@@ -70,13 +141,15 @@ class Decode : DecodeScratch<E> {
 
     void run() {
         for (int64_t r = 0; r < rows; ++r) {
-            const char* from = row_of(p.query, E::kSize, batch(), head_of(r), s.first_query + r / p.group_size);
-            stage_row(from, p.head_dim, queries + r * width, width);
+            load_query(r);
             float* state = state_of(r);
             state[0] = -kInfinity;
-            std::memset(state + 1, 0, static_cast<size_t>(width_v + 1) * 4);
+            std::memset(state + 1, 0, static_cast<size_t>(state_size<E>(p) - 1) * 4);
         }
         for (int64_t n = chunk.begin; n < chunk.end; n += keys) attend(n, min_of(n + keys, chunk.end));
+        if constexpr (E::kPaired) {
+            for (int64_t r = 0; r < rows; ++r) in_order(state_of(r) + 2);
+        }
     }
 
   private:
@@ -90,67 +163,88 @@ class Decode : DecodeScratch<E> {
 
     int64_t batch() const { return p.packed ? 0 : s.index; }
     int64_t head_of(int64_t r) const { return chunk.kv_head * p.group_size + r % p.group_size; }
-    float* state_of(int64_t r) const { return chunk.partial + r * (2 + width_v); }  // maximum, sum, values
+    float* state_of(int64_t r) const { return chunk.partial + r * state_size<E>(p); }  // maximum, sum, values
+    const char* key_row(int64_t j) const { return row_of(p.key, E::kSize, batch(), chunk.kv_head, s.first_key + j); }
+    const char* value_row(int64_t j) const {
+        return row_of(p.value, E::kSize, batch(), chunk.kv_head, s.first_key + j);
+    }
 
-    static void stage_row(const char* from, int64_t count, float* to, int64_t padded) {
+    void load_query(int64_t r) {
+        const char* from = row_of(p.query, E::kSize, batch(), head_of(r), s.first_query + r / p.group_size);
+        float* to = queries + r * E::elements(width);
         if constexpr (E::kPaired) {
-            std::memset(to, 0, static_cast<size_t>(padded) * 4);
-            std::memcpy(to, from, static_cast<size_t>(count) * 2);
+            std::memset(to, 0, static_cast<size_t>(width) * 2);
+            std::memcpy(to, from, static_cast<size_t>(p.head_dim) * 2);
         } else {
-            load_row<E::kType>(from, count, to, padded);
+            load_row<E::kType>(from, p.head_dim, to, width);
         }
     }
 
     void attend(int64_t n0, int64_t n1) {
-        const char* key = row_of(p.key, E::kSize, batch(), chunk.kv_head, s.first_key + n0);
-        const char* value = row_of(p.value, E::kSize, batch(), chunk.kv_head, s.first_key + n0);
         const TileRange seen = tile_range(s.mask, 0, s.len_q - 1);
         const bool edge = n0 < seen.full_begin || n1 > seen.full_end || s.holes || p.summary.lo != nullptr;
-        find_scores(key, value, n1 - n0);
+        const int64_t count = n1 - n0, next = min_of(n1 + keys, chunk.end) - n1;
+        // V of this block comes while K is at work, and K of the next one while V is.
+        Ahead values_ahead(value_row(n0), p.value.row * E::kSize, count, p.head_dim_v * E::kSize,
+                           ceil_div(count, 4) * (width / kStep<E>));
+        find_scores(n0, count, values_ahead);
         bool dirty = false;
-        for (int64_t j = 0; edge && j < n1 - n0 && !dirty; ++j) {
-            dirty = !row_is_finite(E::kType, value + j * p.value.row * E::kSize, p.head_dim_v);
-        }
+        for (int64_t j = n0; edge && j < n1 && !dirty; ++j)
+            dirty = !row_is_finite(E::kType, value_row(j), p.head_dim_v);
         for (int64_t r = 0; r < rows; ++r) {
             modify(r, n0, n1);
             if (edge) apply_mask(r, n0, n1);
             softmax(r, n0, n1);
         }
-        add_values(value, n1 - n0, dirty);
+        Ahead keys_ahead(key_row(n1), p.key.row * E::kSize, next, p.head_dim * E::kSize,
+                         E::elements(count) * ceil_div(width_v, kMaxVectors * kLanes));
+        add_values(n0, count, dirty, keys_ahead);
     }
 
-    // scores[r][j] = query r . key j, four rows by four keys at a time.
-    void find_scores(const char* key, const char* value, int64_t count) {
-        const bool in_place = (E::kType == DType::f32 || E::kPaired) && E::elements(p.head_dim) % kLanes == 0 &&
-                              (!E::kPaired || p.head_dim % 2 == 0);
-        const int64_t stride = in_place ? p.key.row * E::kSize : width * 4;
+    // Rows as they lie, or copied to whole vectors ended by zeros.
+    static Rows stage(const char* first, int64_t stride, int64_t count, int64_t columns, int64_t whole, bool copy,
+                      char* staged) {
+        if (columns == whole && !copy) return {first, stride};
+        for (int64_t j = 0; j < count; ++j) {
+            char* to = staged + j * whole * E::kSize;
+            std::memcpy(to, first + j * stride, static_cast<size_t>(columns * E::kSize));
+            std::memset(to + columns * E::kSize, 0, static_cast<size_t>((whole - columns) * E::kSize));
+        }
+        return {staged, whole * E::kSize};
+    }
+
+    // One vector of a row, as the product takes it.
+    static TF_INLINE F load_element(const char* p) {
+        if constexpr (E::kPaired) return load(reinterpret_cast<const float*>(p));
+        return load_as_float<E::kType>(p);
+    }
+
+    // scores[r][j] = query r . key j, some rows by four keys at a time.
+    void find_scores(int64_t n0, int64_t count, Ahead& ahead) {
+        const Rows block = stage(key_row(n0), p.key.row * E::kSize, count, p.head_dim, width, false, staged_key);
         for (int64_t j = 0; j < count; j += 4) {
-            const int64_t some = min_of<int64_t>(4, count - j);
-            for (int64_t i = j; i < j + some; ++i) {  // V of this block, K of what comes next
-                prefetch(value + i * p.value.row * E::kSize, p.head_dim_v * E::kSize);
-                prefetch(key + (i + kPrefetchRows) * p.key.row * E::kSize, p.head_dim * E::kSize);
-                if (!in_place) stage_row(key + i * p.key.row * E::kSize, p.head_dim, staged_key + i * width, width);
-            }
-            const char* from = in_place ? key + j * stride : reinterpret_cast<const char*>(staged_key) + j * stride;
+            // Fewer than four keys are left only at the end of a block: the last one stands in, and is not looked at.
+            const char* row[4];
+            for (int64_t i = 0; i < 4; ++i) row[i] = block.first + min_of(j + i, count - 1) * block.stride;
             int64_t r = 0;
-            for (; r + 4 <= rows; r += 4) dots<4>(r, j, some, from, stride);
-            for (; r < rows; ++r) dots<1>(r, j, some, from, stride);
+            for (; r + kDotRows <= rows; r += kDotRows)
+                r == 0 ? dots<kDotRows, true>(r, j, row, ahead) : dots<kDotRows, false>(r, j, row, ahead);
+            for (; r < rows; ++r) r == 0 ? dots<1, true>(r, j, row, ahead) : dots<1, false>(r, j, row, ahead);
         }
     }
 
-    template <int R>
-    TF_INLINE void dots(int64_t r0, int64_t j, int64_t some, const char* from, int64_t stride) {
-        // Fewer than four keys are left only at the end of a chunk: the last one stands in, and is not stored.
-        const char* row[4];
-        unroll<4>([&](auto i) TF_INLINE_LAMBDA { row[i] = from + min_of<int64_t>(i, some - 1) * stride; });
-        const float* query = queries + r0 * width;
+    template <int R, bool kAhead>
+    TF_INLINE void dots(int64_t r0, int64_t j, const char* const* row, Ahead& ahead) {
+        const int64_t query_width = E::elements(width);
+        const float* query = queries + r0 * query_width;
         F sum[R * 4];
         unroll<R * 4>([&](auto i) TF_INLINE_LAMBDA { sum[i] = zero(); });
-        for (int64_t d = 0; d < width; d += kLanes) {
+        for (int64_t d = 0; d < query_width; d += kLanes) {
+            if constexpr (kAhead) ahead.step();
             F k[4];
-            unroll<4>([&](auto i) TF_INLINE_LAMBDA { k[i] = load(reinterpret_cast<const float*>(row[i]) + d); });
+            unroll<4>([&](auto i) TF_INLINE_LAMBDA { k[i] = load_element(row[i] + d * (E::kPaired ? 4 : E::kSize)); });
             unroll<R>([&](auto r) TF_INLINE_LAMBDA {
-                const F q = load(query + r * width + d);
+                const F q = load(query + r * query_width + d);
                 unroll<4>([&](auto i)
                               TF_INLINE_LAMBDA { sum[r * 4 + i] = E::Product::multiply_add(sum[r * 4 + i], q, k[i]); });
             });
@@ -159,10 +253,6 @@ class Decode : DecodeScratch<E> {
             const Q four = sum_each(sum[r * 4], sum[r * 4 + 1], sum[r * 4 + 2], sum[r * 4 + 3]);
             std::memcpy(scores + (r0 + r) * keys + j, &four, 16);  // rows of scores are whole multiples of 4
         });
-    }
-
-    static void prefetch(const char* row, int64_t bytes) {
-        for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b);
     }
 
     // Raw products of one row -> scores, as QueryTile::modify has them; here lanes are keys.
@@ -213,8 +303,7 @@ class Decode : DecodeScratch<E> {
         for (int64_t j = count; j < round_up(count, kLanes); ++j) x[j] = -kInfinity;
         F top = set1(-kInfinity);
         for (int64_t j = 0; j < count; j += kLanes) top = maximum(load(x + j), top);
-        float fresh = state[0];
-        for (int i = 0; i < kLanes; ++i) fresh = max_of(fresh, top[i]);
+        const float fresh = max_of(state[0], largest(top));
         if (fresh > state[0]) {
             const float shrink = exp2<5>(set1((state[0] - fresh) * p.score_log2()))[0];
             state[0] = fresh;
@@ -229,7 +318,7 @@ class Decode : DecodeScratch<E> {
             if (p.dropout_p > 0.0) e = drop(r, n0 + j, e);
             store_weights(r, j, e);
         }
-        for (int i = 0; i < kLanes; ++i) state[1] += sum[i];
+        state[1] += sum_of(sum);
     }
 
     void store_weights(int64_t r, int64_t j, F e) {
@@ -253,30 +342,87 @@ class Decode : DecodeScratch<E> {
     }
 
     // values += weights . V; as in the tiled forward pass, NaN and Inf of a dirty block go only where they are seen.
-    void add_values(const char* value, int64_t count, bool dirty) {
-        const int64_t row_bytes = p.value.row * E::kSize;
-        const float* from = reinterpret_cast<const float*>(value);
-        int64_t stride = p.value.row;
-        if (E::kType != DType::f32 || dirty || p.head_dim_v % kLanes != 0) {
-            from = staged_value;
-            stride = width_v;
-            if constexpr (E::kPaired) {
-                for (int64_t j = 0; j < count; j += 2) {
-                    const char* second = j + 1 < count ? value + (j + 1) * row_bytes : nullptr;
-                    load_pair_row(value + j * row_bytes, second, p.head_dim_v, staged_value + j / 2 * width_v, width_v);
-                }
-            } else {
-                for (int64_t j = 0; j < count; ++j) {
-                    load_row<E::kType>(value + j * row_bytes, p.head_dim_v, staged_value + j * width_v, width_v);
-                }
-            }
-            if (dirty) zero_non_finite<E>(staged_value, E::elements(count) * width_v);
+    void add_values(int64_t n0, int64_t count, bool dirty, Ahead& ahead) {
+        const Rows block =
+            stage(value_row(n0), p.value.row * E::kSize, count, p.head_dim_v, width_v, dirty, staged_value);
+        for (int64_t i = 0; dirty && i < count * width_v; ++i) {
+            char* element = staged_value + i * E::kSize;
+            if (!row_is_finite(E::kType, element, 1)) std::memset(element, 0, E::kSize);
         }
-        gemm<typename E::Product, Along::depth, true>(weights, E::kPaired ? keys * 2 : keys * 4, from, stride,
-                                                      state_of(0) + 2, 2 + width_v, rows, width_v / kLanes,
-                                                      E::elements(count));
+        for (int64_t column = 0; column < width_v; column += kMaxVectors * kLanes) {
+            const bool wide = column + kMaxVectors * kLanes <= width_v;
+            int64_t r = 0;
+            for (; r + 4 <= rows; r += 4) add_panel<4>(r, column, wide, block, count, ahead);
+            for (; r < rows; ++r) add_panel<1>(r, column, wide, block, count, ahead);
+        }
         for (int64_t j = 0; dirty && j < count; ++j) {
-            if (!row_is_finite(E::kType, value + j * row_bytes, p.head_dim_v)) add_dirty_row(value + j * row_bytes, j);
+            if (!row_is_finite(E::kType, value_row(n0 + j), p.head_dim_v)) add_dirty_row(value_row(n0 + j), j);
+        }
+    }
+
+    template <int R>
+    void add_panel(int64_t r, int64_t column, bool wide, const Rows& block, int64_t count, Ahead& ahead) {
+        if (wide) return add_columns<R, kMaxVectors>(r, column, block, count, ahead);
+        constexpr int kNarrow = E::kPaired ? 2 : 1;
+        for (; column < width_v; column += kNarrow * kLanes) add_columns<R, kNarrow>(r, column, block, count, ahead);
+    }
+
+    // R rows by V vectors of columns. Paired, a vector pair holds 4 columns of each quarter in turn: see in_order.
+    template <int R, int V>
+    __attribute__((noinline)) void add_columns(int64_t r0, int64_t column, const Rows& block, int64_t count,
+                                               Ahead& ahead) {
+        F sum[R * V];
+        unroll<R * V>([&](auto i) TF_INLINE_LAMBDA { sum[i] = zero(); });
+        const char* from = block.first + column * E::kSize;
+        const char* weight = reinterpret_cast<const char*>(weights) + r0 * keys * (E::kPaired ? 2 : 4);
+        const int64_t weight_stride = keys * (E::kPaired ? 2 : 4);
+        const auto add = [&](const F(&lanes)[V]) TF_INLINE_LAMBDA {
+            unroll<R>([&](auto r) TF_INLINE_LAMBDA {
+                const F w = E::Product::broadcast(weight + r * weight_stride);
+                unroll<V>([&](auto v) TF_INLINE_LAMBDA {
+                    sum[r * V + v] = E::Product::multiply_add(sum[r * V + v], w, lanes[v]);
+                });
+            });
+            weight += 4;
+        };
+        F lanes[V];
+        if constexpr (E::kPaired) {
+            for (int64_t j = 0; j + 1 < count; j += 2, from += 2 * block.stride) {
+                if (r0 == 0) ahead.step();
+                unroll<V / 2>([&](auto v) TF_INLINE_LAMBDA {
+                    interleave(load_element(from + v * 64), load_element(from + block.stride + v * 64), lanes[2 * v],
+                               lanes[2 * v + 1]);
+                });
+                add(lanes);
+            }
+            if (count % 2 == 1) {
+                unroll<V / 2>([&](auto v) TF_INLINE_LAMBDA {
+                    interleave(load_element(from + v * 64), zero(), lanes[2 * v], lanes[2 * v + 1]);
+                });
+                add(lanes);
+            }
+        } else {
+            for (int64_t j = 0; j < count; ++j, from += block.stride) {
+                if (r0 == 0) ahead.step();
+                unroll<V>([&](auto v) TF_INLINE_LAMBDA { lanes[v] = load_element(from + v * kLanes * E::kSize); });
+                add(lanes);
+            }
+        }
+        unroll<R * V>([&](auto i) TF_INLINE_LAMBDA {
+            float* to = state_of(r0 + i / V) + 2 + column + (i % V) * kLanes;
+            store(to, load(to) + sum[i]);
+        });
+    }
+
+    // Undoes the order that `interleave` leaves the columns in.
+    void in_order(float* values) {
+        for (int64_t d = 0; d < width_v; d += 2 * kLanes) {
+            alignas(64) float both[2 * kLanes];
+            for (int i = 0; i < 2 * kLanes; ++i) {
+                const int quarter = i / 8, place = i % 8;
+                both[i] = values[d + place / 4 * kLanes + quarter * 4 + place % 4];
+            }
+            std::memcpy(values + d, both, sizeof(both));
         }
     }
 
@@ -304,6 +450,12 @@ int64_t decode_workspace(const Problem& p) {
     return bytes;
 }
 
+int64_t decode_state(const Problem& p) {
+    int64_t floats = 0;
+    with_element(p.dtype, [&](auto element) { floats = state_size<decltype(element)>(p); });
+    return floats;
+}
+
 void decode(const Problem& p, const Sequence& sequence, const KeyChunk& chunk, char* workspace) {
     with_element(p.dtype, [&](auto element) { Decode<decltype(element)>(p, sequence, chunk, Arena(workspace)).run(); });
 }
@@ -311,7 +463,7 @@ void decode(const Problem& p, const Sequence& sequence, const KeyChunk& chunk, c
 void combine(const Problem& p, const Sequence& s, int64_t kv_head, const KeyChunk* chunks, int64_t count,
              char* workspace) {
     float* out = reinterpret_cast<float*>(workspace);
-    const int64_t width = round_up(p.head_dim_v, kLanes), state = 2 + width, size = size_of(p.dtype);
+    const int64_t state = decode_state(p), width = state - 2, size = size_of(p.dtype);
     for (int64_t r = 0; r < s.len_q * p.group_size; ++r) {
         const int64_t head = kv_head * p.group_size + r % p.group_size, row = r / p.group_size;
         float top = -kInfinity, sum = 0.0f;

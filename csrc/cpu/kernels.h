@@ -9,6 +9,7 @@ namespace TF_ISA {
 int64_t forward_workspace(const Problem&);
 void forward(const Problem&, const Sequence&, const Tile&, char* workspace);
 int64_t decode_workspace(const Problem&);
+int64_t decode_state(const Problem&);
 void decode(const Problem&, const Sequence&, const KeyChunk&, char* workspace);
 void combine(const Problem&, const Sequence&, int64_t kv_head, const KeyChunk*, int64_t count, char* workspace);
 int64_t backward_workspace(const Problem&);

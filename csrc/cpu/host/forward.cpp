@@ -85,7 +85,7 @@ struct DecodeUnit {
 void forward_by_chunks(const Problem& p, const Kernels& kernels, const std::vector<Sequence>& sequences) {
     const int64_t units = std::max<int64_t>(1, p.batch * p.num_kv_heads);
     const int64_t wanted = ceil_div(kChunksPerThread * p.num_threads, units);
-    const int64_t width = round_up(p.head_dim_v, kernels.lanes);
+    const int64_t state = kernels.decode_state(p);
     std::vector<KeyChunk> chunks;
     std::vector<DecodeUnit> decode_units;
     int64_t pairs = 0, floats = 0;
@@ -101,7 +101,7 @@ void forward_by_chunks(const Problem& p, const Kernels& kernels, const std::vect
                             0};
             for (int64_t begin = seen.begin; begin < seen.end; begin += length) {
                 chunks.push_back({unit.sequence, unit.kv_head, begin, std::min(begin + length, seen.end), nullptr});
-                floats += rows * (2 + width);
+                floats += rows * state;
             }
             unit.chunks = static_cast<int64_t>(chunks.size()) - unit.first_chunk;
             decode_units.push_back(unit);
@@ -111,7 +111,7 @@ void forward_by_chunks(const Problem& p, const Kernels& kernels, const std::vect
     float* next = partial.data();
     for (KeyChunk& chunk : chunks) {
         chunk.partial = next;
-        next += sequences[static_cast<size_t>(chunk.sequence)].len_q * p.group_size * (2 + width);
+        next += sequences[static_cast<size_t>(chunk.sequence)].len_q * p.group_size * state;
     }
     const int threads = threads_for(p, pairs);
     run_tasks(static_cast<int64_t>(chunks.size()), threads, kernels.decode_workspace(p),
@@ -119,7 +119,7 @@ void forward_by_chunks(const Problem& p, const Kernels& kernels, const std::vect
                   const KeyChunk& chunk = chunks[static_cast<size_t>(task)];
                   kernels.decode(p, sequences[static_cast<size_t>(chunk.sequence)], chunk, workspace);
               });
-    run_tasks(static_cast<int64_t>(decode_units.size()), threads, width * 4, [&](int64_t task, char* workspace) {
+    run_tasks(static_cast<int64_t>(decode_units.size()), threads, state * 4, [&](int64_t task, char* workspace) {
         const DecodeUnit& unit = decode_units[static_cast<size_t>(task)];
         kernels.combine(p, sequences[static_cast<size_t>(unit.sequence)], unit.kv_head,
                         chunks.data() + unit.first_chunk, unit.chunks, workspace);

@@ -365,7 +365,7 @@ class GuardedTorch:
     def __getattr__(self, name):
         return getattr(torch, name)
 
-    def empty(self, *shape, dtype=torch.float32):
+    def empty(self, *shape, dtype=torch.float32, device="cpu"):
         return self.empty_like(torch.empty(*shape, dtype=dtype))
 
     def empty_like(self, tensor):

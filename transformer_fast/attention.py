@@ -71,8 +71,8 @@ def attention(
 
     Returns:
         (batch, num_heads, seqlen_q, head_dim_v) in the query's dtype and memory order; with ``return_lse`` also the
-        natural-log lse, float32 (batch, num_heads, seqlen_q). A row that sees no key gives 0 and -inf. Both are
-        differentiable with respect to query, key, value, bias and sinks.
+        natural-log lse (batch, num_heads, seqlen_q), float32, or float64 for float64 inputs. A row that sees no key
+        gives 0 and -inf. Both are differentiable with respect to query, key, value, bias and sinks.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it, its value and what is allowed.
@@ -136,6 +136,10 @@ def attention_varlen(
     return (out, lse) if return_lse else out  # type: ignore[return-value]
 
 
+#: What explain takes beside tensors: the options that attention and attention_varlen share.
+_PLAIN_OPTIONS = ("causal", "window_size", "softmax_scale", "softcap", "dropout_p", "deterministic", "backend")
+
+
 @dataclass(frozen=True)
 class Explanation:
     """What a call would do: the back end, its path in words, and for each other back end the reason why not."""
@@ -177,6 +181,11 @@ def explain(
         ValueError, TypeError: as :func:`attention`.
     """
     parse_flag(return_lse, "return_lse")  # it makes no difference to the choice
+    for name in options:
+        if name not in _PLAIN_OPTIONS:
+            raise TypeError(
+                f"explain() got an unexpected keyword argument {name!r}; allowed: {', '.join(_PLAIN_OPTIONS)}"
+            )
     operands = Operands(
         query,
         key,

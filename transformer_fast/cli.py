@@ -6,6 +6,7 @@ Exit status: 0 all right, 1 something is wrong (a failed check, a wrong result),
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,6 +108,7 @@ def verify(
     """
     from transformer_fast.testing import verify as run_verify
 
+    _make_directory(output)
     _set_threads(threads)
     failed = 0
     with _progress("{task.fields[failed]}") as progress:
@@ -187,6 +189,7 @@ def bench(
     if show_list:
         _print_cases()
         return
+    _make_directory(output)
     _set_threads(threads)
     with _progress("") as progress:
         task = progress.add_task("starting", total=None)
@@ -274,6 +277,7 @@ def demo(
     threads: Threads = None,
 ) -> None:
     """The tour: a real pretrained encoder, a decoder that learns and writes, speed by variant, a report of it all."""
+    _make_directory(output)
     _set_threads(threads)
     try:
         from transformer_fast.demo import run
@@ -308,6 +312,16 @@ def _usage_errors() -> Iterator[None]:
 def _fail(message: str, *, status: int) -> NoReturn:
     errors.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
     raise typer.Exit(status)
+
+
+def _make_directory(path: Path) -> None:
+    """Before the work, not after it: a report that cannot be written is a waste of minutes."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _fail(f"--output is {path}, which cannot be made: {error.strerror}", status=2)
+    if not os.access(path, os.W_OK | os.X_OK):
+        _fail(f"--output is {path}, which cannot be written to", status=2)
 
 
 def _set_threads(threads: int | None) -> None:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 
-def new_output(query: Tensor, head_dim_v: int) -> Tensor:
-    """An uninitialised output in the memory order of the query: a (b, s, h, d) model gets (b, s, h, d) back.
+def output_layout(shape: Sequence[int], stride: Sequence[int], head_dim_v: int) -> tuple[tuple[int, ...], ...]:
+    """Shape and strides of an output in the memory order of the query: a (b, s, h, d) model gets (b, s, h, d) back.
 
     Args:
-        query: (batch, num_heads, seqlen_q, head_dim) or packed (total_q, num_heads, head_dim).
+        shape, stride: of the query, (batch, num_heads, seqlen_q, head_dim) or packed (total_q, num_heads, head_dim).
     """
-    if query.dim() == 3:
-        return query.new_empty((*query.shape[:2], head_dim_v))
-    batch, num_heads, seqlen_q, _ = query.shape
-    if query.stride(1) < query.stride(2):
-        return query.new_empty((batch, seqlen_q, num_heads, head_dim_v)).transpose(1, 2)
-    return query.new_empty((batch, num_heads, seqlen_q, head_dim_v))
+    if len(shape) == 3:
+        return (*shape[:2], head_dim_v), (shape[1] * head_dim_v, head_dim_v, 1)
+    batch, num_heads, seqlen_q = shape[:3]
+    out = (batch, num_heads, seqlen_q, head_dim_v)
+    per_batch = num_heads * seqlen_q * head_dim_v
+    if stride[1] < stride[2]:
+        return out, (per_batch, head_dim_v, num_heads * head_dim_v, 1)
+    return out, (per_batch, seqlen_q * head_dim_v, head_dim_v, 1)
+
+
+def new_output(query: Tensor, head_dim_v: int) -> Tensor:
+    """An uninitialised output for this query."""
+    return query.new_empty_strided(*output_layout(query.shape, query.stride(), head_dim_v))

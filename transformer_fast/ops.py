@@ -29,11 +29,15 @@ _MAX_RUNNERS = 4096
 def runner_for(operands: Operands, options: Options) -> Runner:
     """The back end made ready for a problem; remembered, so that the checks run once per shape and options."""
     slopes = operands.alibi_slopes
-    key = (
-        options,
-        slopes is not None and slopes.requires_grad and torch.is_grad_enabled(),
-        *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in operands],
-    )
+    try:
+        key = (
+            options,
+            slopes is not None and slopes.requires_grad and torch.is_grad_enabled(),
+            *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in operands],
+        )
+    except RuntimeError:  # a sparse or nested tensor has no strides
+        check(operands, options)
+        raise
     found = _runners.get(key)
     if found is None:
         spec = make_spec(operands, options)
@@ -55,7 +59,7 @@ class _Attention(torch.autograd.Function):
         results = runner.forward(Operands(*operands), need_lse=True, need_stats=True)  # type: ignore[arg-type]
         assert results.lse is not None
         ctx.save_for_backward(*operands, *results)
-        ctx.runner = runner
+        ctx.options = runner.spec.options
         ctx.set_materialize_grads(False)
         return results.out, results.lse
 
@@ -69,8 +73,10 @@ class _Attention(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: whoever differentiates again must hear that it cannot be
             wanted = (needs[_BIAS], needs[_SINKS])
             op = _TransformedBackward.apply
-            return None, *_by_operand(op(*operands, *ctx.runner.spec.options, *results, dout, dlse, *wanted), needs)
-        grads = ctx.runner.backward(operands, results, dout, dlse, dbias=needs[_BIAS], dsinks=needs[_SINKS])
+            return None, *_by_operand(op(*operands, *ctx.options, *results, dout, dlse, *wanted), needs)
+        # Asked again: saved-tensor hooks may have given the operands other strides than forward saw.
+        runner = runner_for(operands, ctx.options)
+        grads = runner.backward(operands, results, dout, dlse, dbias=needs[_BIAS], dsinks=needs[_SINKS])
         return None, *_by_operand(grads, needs)
 
 
@@ -93,7 +99,11 @@ def _is_traced(operands: Operands, options: Options) -> bool:
     subclass = False
     for tensor in operands:
         kind = type(tensor)
-        if tensor is None or kind is Tensor or kind is Parameter:
+        if tensor is None:
+            continue
+        if kind is Tensor or kind is Parameter:
+            if tensor.is_neg() or tensor._is_zerotensor():  # not what lies in memory: the dispatcher resolves it
+                return True
             continue
         if not isinstance(tensor, Tensor):
             check(operands, options)  # raises, naming the argument
@@ -122,7 +132,7 @@ def _takes_gradient(operands: Operands) -> bool:
 def _refuse_tangents(operands: Operands) -> None:
     """Forward-mode derivatives would be lost in silence."""
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in operands):
-        raise UnsupportedError("forward-mode derivatives of a kernel; backend='reference' has them")
+        _no_jvp(None)
 
 
 def autocast_operands(operands: Operands) -> Operands:
@@ -264,10 +274,15 @@ def _op_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _dstats: No
 attention_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
+def _no_jvp(ctx: Any, *tangents: Any) -> Any:
+    raise UnsupportedError("forward-mode derivatives of a kernel; backend='reference' has them")
+
+
 class _TransformedAttention(torch.autograd.Function):
     """The same rules in the one form that torch.func differentiates."""
 
     generate_vmap_rule = True
+    jvp = staticmethod(_no_jvp)
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -285,6 +300,7 @@ class _TransformedBackward(torch.autograd.Function):
     """The backward op in that form; it has no derivative of its own."""
 
     generate_vmap_rule = True
+    jvp = staticmethod(_no_jvp)
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:

@@ -64,10 +64,10 @@ def dropout_keep(
     the mask is a function of the seed and the element's place, whatever the back end or the order of its work.
     """
     words = (seqlen_k + 3) // 4
-    column = torch.arange(words).view(1, 1, 1, -1)
-    row = torch.arange(seqlen_q).view(1, 1, -1, 1)
-    head = torch.arange(num_heads).view(1, -1, 1, 1)
-    entry = torch.arange(first_batch, first_batch + batch).view(-1, 1, 1, 1)
+    column = torch.arange(words, device="cpu").view(1, 1, 1, -1)
+    row = torch.arange(seqlen_q, device="cpu").view(1, 1, -1, 1)
+    head = torch.arange(num_heads, device="cpu").view(1, -1, 1, 1)
+    entry = torch.arange(first_batch, first_batch + batch, device="cpu").view(-1, 1, 1, 1)
     outputs = philox_4x32(tuple(torch.broadcast_tensors(column, row, head, entry)), seed)
     random = torch.stack(outputs, dim=-1).flatten(-2)[..., :seqlen_k]
     return random >= dropout_threshold(p)
@@ -184,8 +184,11 @@ def _packed(operands: Operands, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         lses.append(lse[0])
     if not outs:
         dtype = torch.promote_types(spec.dtype, torch.float32)
-        query = operands.query
-        return query.new_zeros(0, spec.num_heads, spec.head_dim_v), query.new_zeros(spec.num_heads, 0, dtype=dtype)
+        nothing = operands.query.sum()  # of no elements: 0, and the results stay attached to their inputs
+        return (
+            operands.query.new_zeros(0, spec.num_heads, spec.head_dim_v) + nothing,
+            operands.query.new_zeros(spec.num_heads, 0, dtype=dtype) + nothing,
+        )
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 

@@ -222,6 +222,7 @@ def _check_tensor(tensor: Any, name: str, query: Tensor, dtypes: tuple[torch.dty
         raise TypeError(f"{name} is of type {type(tensor).__name__}; allowed: a torch.Tensor")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} has dtype {_names((tensor.dtype,))}; allowed: {_names(dtypes)}")
+    _require(not tensor.is_nested, f"{name} is a nested tensor; allowed: a plain one, or packed with attention_varlen")
     _require(tensor.layout == torch.strided, f"{name} has layout {tensor.layout}; allowed: torch.strided")
     _require(
         tensor.device == query.device, f"{name} is on device {tensor.device}; allowed: {query.device}, as the query"

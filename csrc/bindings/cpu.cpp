@@ -18,16 +18,18 @@ T* as(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
+using Strides = std::array<int64_t, 3>;  // batch, head, row
+
+tf::Operand operand(Address data, const Strides& s) { return {bytes(data), s[0], s[1], s[2]}; }
+
 // Everything about a problem but the pointers, filled once for each AttentionSpec.
 class Plan {
   public:
     explicit Plan(const py::dict& fields) {
         const auto number = [&](const char* name) { return fields[name].cast<int64_t>(); };
         const auto real = [&](const char* name) { return fields[name].cast<float>(); };
-        const auto strides = [&](const char* name, tf::Operand& operand) {
-            if (!fields.contains(name)) return;
-            const auto s = fields[name].cast<std::array<int64_t, 3>>();
-            operand.batch = s[0], operand.head = s[1], operand.row = s[2];
+        const auto strides = [&](const char* name, tf::Operand& target) {
+            target = operand(0, fields[name].cast<Strides>());
         };
         p_.batch = number("batch");
         p_.num_heads = number("num_heads");
@@ -50,9 +52,6 @@ class Plan {
         strides("key", p_.key);
         strides("value", p_.value);
         strides("out", p_.out);
-        strides("dquery", p_.dquery);
-        strides("dkey", p_.dkey);
-        strides("dvalue", p_.dvalue);
         p_.seqlens_k_stride = number("seqlens_k_stride");
         const auto mask = fields["key_mask"].cast<std::array<int64_t, 2>>();
         p_.key_mask_batch = mask[0], p_.key_mask_key = mask[1];
@@ -79,17 +78,17 @@ class Plan {
 
     void backward(Address query, Address key, Address value, Address cu_seqlens_q, Address cu_seqlens_k,
                   Address seqlens_k, Address key_mask, Address bias, Address alibi_slopes, Address sinks, uint64_t seed,
-                  Address out, Address lse, Address stats, int num_threads, Address dout,
-                  std::array<int64_t, 3> dout_strides, Address dlse, Address delta, Address dquery, Address dkey,
-                  Address dvalue, Address dbias) const {
+                  Address out, Address lse, Address stats, int num_threads, Address dout, Address dquery, Address dkey,
+                  Address dvalue, Address dlse, Address delta, Address dbias, Strides dout_strides,
+                  Strides dquery_strides, Strides dkey_strides, Strides dvalue_strides) const {
         tf::Problem p = with_operands(query, key, value, cu_seqlens_q, cu_seqlens_k, seqlens_k, key_mask, bias,
                                       alibi_slopes, sinks, seed, out, lse, stats, num_threads);
-        p.dout = {bytes(dout), dout_strides[0], dout_strides[1], dout_strides[2]};
+        p.dout = operand(dout, dout_strides);
+        p.dquery = operand(dquery, dquery_strides);
+        p.dkey = operand(dkey, dkey_strides);
+        p.dvalue = operand(dvalue, dvalue_strides);
         p.dlse = as<const float>(dlse);
         p.delta = as<float>(delta);
-        p.dquery.data = bytes(dquery);
-        p.dkey.data = bytes(dkey);
-        p.dvalue.data = bytes(dvalue);
         p.dbias = as<float>(dbias);
         py::gil_scoped_release release;
         tf::attention_backward(p);

@@ -2,6 +2,8 @@
 // transformer_fast/masks.py says the same in Python; the tests hold the two texts equal.
 #pragma once
 
+#include <cstring>
+
 #include "platform.h"
 
 namespace tf {
@@ -39,6 +41,17 @@ TF_INLINE TileRange tile_range(const SequenceMask& mask, int64_t first_row, int6
     if (begin >= end) return {mask.start, mask.start, mask.start, mask.start};
     if (full_begin >= full_end) return {begin, begin, begin, end};
     return {begin, full_begin, full_end, end};
+}
+
+// The first key of [begin, end) that a dense boolean mask shows, `end` if there is none. Any byte but 0 is True.
+TF_INLINE int64_t first_visible(const char* mask, int64_t begin, int64_t end) {
+    for (; begin + 8 <= end; begin += 8) {
+        uint64_t eight;
+        std::memcpy(&eight, mask + begin, 8);
+        if (eight != 0) break;
+    }
+    while (begin < end && mask[begin] == 0) ++begin;
+    return begin;
 }
 
 }  // namespace tf

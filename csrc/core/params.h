@@ -62,12 +62,15 @@ struct Problem {
 
     bool modifies_scores() const {
         const bool dense_float = bias.data != nullptr && bias.dtype != DType::boolean;
-        return softcap != 0.0f || dense_float || alibi_slopes != nullptr || !(softmax_scale > 0.0f);
+        // Raw products can stand for scores only if a greater one is a greater score, and a sink has no raw product.
+        return softcap != 0.0f || dense_float || alibi_slopes != nullptr || sinks != nullptr || softmax_scale < 1e-30f;
     }
-    // Scores that something changes are kept in natural units, where a bias of -FLT_MAX still fits, the others in
-    // base 2, which costs them nothing. The factor from a difference of scores to base 2, and to natural:
-    float score_log2() const { return modifies_scores() ? 1.4426950408889634f : 1.0f; }
-    double score_natural() const { return modifies_scores() ? 1.0 : 0.6931471805599453; }
+    // Scores that something changes are kept in natural units, where a bias of -FLT_MAX still fits, the others as the
+    // raw products they are. Differences of them are taken first, since that is exact near the maximum, and a product
+    // that is contracted with the subtraction is not: scores of 1e10 would not give their own maximum weight 1.
+    // The factor from a difference of scores to natural units, and to base 2:
+    double score_natural() const { return modifies_scores() ? 1.0 : softmax_scale; }
+    float score_log2() const { return static_cast<float>(score_natural() * 1.4426950408889634); }
     int64_t lse_index(int64_t b, int64_t head, int64_t first_row, int64_t row) const {
         return packed ? head * total_q + first_row + row : (b * num_heads + head) * seqlen_q + row;
     }

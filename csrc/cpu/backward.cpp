@@ -102,7 +102,10 @@ class Backward : BackwardScratch<E> {
         const int64_t plane = p.num_heads * p.total_q;
         for (int lane = 0; lane < kRows; ++lane) {
             row_max[lane] = row_inverse[lane] = delta[lane] = 0.0f;
-            if (lane >= tile.rows) continue;
+            if (lane >= tile.rows) {
+                row_max[lane] = kInfinity;  // lanes past the rows have the last row's bias: their weight must be 0
+                continue;
+            }
             const int64_t at = p.lse_index(tile.s.index, tile.head[lane], tile.s.first_query, tile.position[lane]);
             if (!tile.sees_nothing(lane)) {
                 row_max[lane] = p.stats[at];
@@ -166,7 +169,7 @@ class Backward : BackwardScratch<E> {
         if (p.modifies_scores()) tile.modify(scores, p.softcap != 0.0f ? slope : nullptr, v0, count, k0, k1);
         if (masked) tile.apply_mask(scores, v0, count, k0, k1);
         for (int v = v0; v < v0 + count; ++v) {
-            p.modifies_scores() ? differentiate<true>(v, k0, k1, masked) : differentiate<false>(v, k0, k1, masked);
+            differentiate(v, k0, k1, masked);
         }
         if (p.dbias != nullptr) add_dbias(v0, count, k0, k1);
         if (p.softcap != 0.0f) through_softcap(v0, count, keys);  // the bias is added after it, so comes before here
@@ -190,9 +193,8 @@ class Backward : BackwardScratch<E> {
     }
 
     // Scores and dP of one vector -> P (as dropout left it) and dS, in place.
-    template <bool kNatural>
     void differentiate(int v, int64_t k0, int64_t k1, bool masked) {
-        const float scale = p.softmax_scale * kLog2E;
+        const float factor = p.score_log2();
         const F top = load(row_max + v * kLanes), inverse = load(row_inverse + v * kLanes);
         const F shift = load(delta + v * kLanes);
         alignas(64) float cache[4 * kLanes];
@@ -200,7 +202,9 @@ class Backward : BackwardScratch<E> {
         for (int64_t j = 0; j < k1 - k0; ++j) {
             float* s = scores + j * kRows + v * kLanes;
             float* ds = dscores + j * kRows + v * kLanes;
-            F probability = exp_score<E::kExpDegree, kNatural>(load(s), scale, top) * inverse;
+            // Forward may have left the maximum 8 too low, and a sum in another order moves scores of 1e10 by hundreds.
+            const F exponent = minimum(set1(16.0f), (load(s) - top) * factor);
+            F probability = exp2<E::kExpDegree>(exponent) * inverse;
             if (masked) probability = select(load(s) == -kInfinity, zero(), probability);  // though inverse be NaN
             F gradient = load(ds), kept = probability;
             if (p.dropout_p > 0.0) {

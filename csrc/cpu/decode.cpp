@@ -183,6 +183,7 @@ class Decode : DecodeScratch<E> {
     void attend(int64_t n0, int64_t n1) {
         const TileRange seen = tile_range(s.mask, 0, s.len_q - 1);
         const bool edge = n0 < seen.full_begin || n1 > seen.full_end || s.holes || p.summary.lo != nullptr;
+        if (edge && !sees_any(n0, n1)) return;
         const int64_t count = n1 - n0, next = min_of(n1 + keys, chunk.end) - n1;
         // V of this block comes while K is at work, and K of the next one while V is.
         Ahead values_ahead(value_row(n0), p.value.row * E::kSize, count, p.head_dim_v * E::kSize,
@@ -192,13 +193,25 @@ class Decode : DecodeScratch<E> {
         for (int64_t j = n0; edge && j < n1 && !dirty; ++j)
             dirty = !row_is_finite(E::kType, value_row(j), p.head_dim_v);
         for (int64_t r = 0; r < rows; ++r) {
-            modify(r, n0, n1);
+            if (p.modifies_scores()) modify(r, n0, n1);
             if (edge) apply_mask(r, n0, n1);
             softmax(r, n0, n1);
         }
         Ahead keys_ahead(key_row(n1), p.key.row * E::kSize, next, p.head_dim * E::kSize,
                          E::elements(count) * ceil_div(width_v, kMaxVectors * kLanes));
         add_values(n0, count, dirty, keys_ahead);
+    }
+
+    // Does any row see a key of [n0, n1)? Asked at the edges and where a mask has holes, before K and V are read.
+    bool sees_any(int64_t n0, int64_t n1) const {
+        bool kept = !s.holes;
+        for (int64_t j = n0; j < n1 && !kept; ++j) kept = keeps_key(p, s, j);
+        for (int64_t r = 0; kept && r < rows; ++r) {
+            const Interval seen = row_interval(s.mask, r / p.group_size);
+            const int64_t lo = max_of(n0, seen.lo), hi = min_of(n1, seen.hi);
+            if (lo < hi && any_in_dense_mask(p, s, head_of(r), r / p.group_size, lo, hi)) return true;
+        }
+        return false;
     }
 
     // Rows as they lie, or copied to whole vectors ended by zeros.
@@ -259,17 +272,14 @@ class Decode : DecodeScratch<E> {
     void modify(int64_t r, int64_t n0, int64_t n1) {
         float* x = scores + r * keys;
         const int64_t count = n1 - n0, head = head_of(r), position = r / p.group_size + s.mask.offset - n0;
-        const bool plain = !p.modifies_scores();
         const float slope = p.alibi_slopes ? p.alibi_slopes[s.index * p.alibi_batch + head * p.alibi_head] : 0.0f;
         for (int64_t j = 0; j < count; j += kLanes) {
-            F y = load(x + j) * (plain ? p.softmax_scale * kLog2E : p.softmax_scale);
-            if (!plain) {
-                if (p.softcap != 0.0f) y = tanh(y / p.softcap) * p.softcap;
-                if (p.alibi_slopes != nullptr) {
-                    F distance;
-                    for (int i = 0; i < kLanes; ++i) distance[i] = static_cast<float>(position - j - i);
-                    y -= slope * maximum(distance, -distance);
-                }
+            F y = load(x + j) * p.softmax_scale;
+            if (p.softcap != 0.0f) y = tanh(y / p.softcap) * p.softcap;
+            if (p.alibi_slopes != nullptr) {
+                F distance;
+                for (int i = 0; i < kLanes; ++i) distance[i] = static_cast<float>(position - j - i);
+                y -= slope * maximum(distance, -distance);
             }
             store(x + j, y);
         }
@@ -291,7 +301,7 @@ class Decode : DecodeScratch<E> {
         float* x = scores + r * keys;
         for (int64_t j = n0; j < n1; ++j) {
             bool visible = seen.lo <= j && j < seen.hi;
-            if (s.holes) visible &= p.key_mask[s.index * p.key_mask_batch + j * p.key_mask_key] != 0;
+            if (s.holes) visible = visible && keeps_key(p, s, j);
             if (p.summary.lo != nullptr) visible = visible && bias_at(r, j) == 0.0f;
             if (!visible) x[j - n0] = -kInfinity;
         }

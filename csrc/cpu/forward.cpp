@@ -6,8 +6,8 @@ namespace tf {
 namespace TF_ISA {
 namespace {
 
-// Raise a row's maximum only when it grows by more than this (in score units): the probabilities stay below e^8, the
-// sums exact enough, and the accumulator is seldom rescaled (the idea is FlashAttention-4's).
+// Raise a row's maximum only when it grows by more than this, in base 2: the probabilities stay below 2^8, the sums
+// exact enough, and the accumulator is seldom rescaled (the idea is FlashAttention-4's).
 constexpr float kRescaleThreshold = 8.0f;
 
 // A block of keys from `begin` on, with K and V as the products read them; strides in bytes.
@@ -101,7 +101,7 @@ class Forward : ForwardScratch<E> {
         if (masked) tile.apply_mask(scores, v0, count, k0, k1);
         for (int v = v0; v < v0 + count; v += 4) {
             const int some = min_of(4, v0 + count - v);
-            p.modifies_scores() ? softmax_of<true>(some, v, k0, k1) : softmax_of<false>(some, v, k0, k1);
+            softmax_of(some, v, k0, k1);
         }
         const int64_t first = E::elements(k0 - block.begin);
         gemm<typename E::Product, Along::rows, true>(block.value + first * block.value_stride, block.value_stride,
@@ -110,24 +110,24 @@ class Forward : ForwardScratch<E> {
         if (block.dirty) add_dirty_values(v0, count, k0, k1);
     }
 
-    template <bool kNatural>
     void softmax_of(int count, int v, int64_t k0, int64_t k1) {
         switch (count) {
             case 4:
-                return softmax<4, kNatural>(v, k0, k1);
+                return softmax<4>(v, k0, k1);
             case 3:
-                return softmax<3, kNatural>(v, k0, k1);
+                return softmax<3>(v, k0, k1);
             case 2:
-                return softmax<2, kNatural>(v, k0, k1);
+                return softmax<2>(v, k0, k1);
             default:
-                return softmax<1, kNatural>(v, k0, k1);
+                return softmax<1>(v, k0, k1);
         }
     }
 
     // Scores of V vectors -> probabilities relative to the running maximum, in place (paired: as pairs of keys).
-    template <int V, bool kNatural>
+    template <int V>
     void softmax(int v0, int64_t k0, int64_t k1) {
-        const float scale = p.softmax_scale * kLog2E;
+        const float factor = p.score_log2();
+        const float threshold = min_of(kRescaleThreshold / factor, 1e38f);  // finite: beside -inf it must not be NaN
         const int64_t keys = k1 - k0;
         float* at = scores + v0 * kLanes;
         F top[V];
@@ -138,24 +138,21 @@ class Forward : ForwardScratch<E> {
         F limit[V], sum[V];
         unroll<V>([&](auto v) TF_INLINE_LAMBDA {
             float* m = row_max + (v0 + v) * kLanes;
-            const F old = load(m), fresh = kNatural ? top[v] : top[v] * scale;
-            if (any(fresh > old + kRescaleThreshold)) raise_maximum(v0 + v, maximum(fresh, old));
+            const F old = load(m);
+            if (any(top[v] > old + threshold)) raise_maximum(v0 + v, maximum(top[v], old));
             const F now = load(m);
             limit[v] = select(now == -kInfinity, zero(), now);
             sum[v] = load(row_sum + (v0 + v) * kLanes);
         });
         if (p.dropout_p > 0.0) {
-            unroll<V>([&](auto v) TF_INLINE_LAMBDA {
-                exponentials_dropped<kNatural>(v0 + v, k0, k1, scale, limit[v], sum[v]);
-            });
+            unroll<V>([&](auto v) TF_INLINE_LAMBDA { exponentials_dropped(v0 + v, k0, k1, factor, limit[v], sum[v]); });
         } else if constexpr (E::kPaired) {
             for (int64_t j = 0; j < keys; j += 2) {
                 const bool both = j + 1 < keys;
                 unroll<V>([&](auto v) TF_INLINE_LAMBDA {
                     const float* from = at + j * kRows + v * kLanes;
-                    const F e0 = exp_score<E::kExpDegree, kNatural>(load(from), scale, limit[v]);
-                    const F e1 =
-                        both ? exp_score<E::kExpDegree, kNatural>(load(from + kRows), scale, limit[v]) : zero();
+                    const F e0 = exp2<E::kExpDegree>((load(from) - limit[v]) * factor);
+                    const F e1 = both ? exp2<E::kExpDegree>((load(from + kRows) - limit[v]) * factor) : zero();
                     sum[v] += e0 + e1;
                     store(at + j / 2 * kRows + v * kLanes, pair_bf16(e0, e1));
                 });
@@ -164,7 +161,7 @@ class Forward : ForwardScratch<E> {
             for (int64_t j = 0; j < keys; ++j) {
                 unroll<V>([&](auto v) TF_INLINE_LAMBDA {
                     float* x = at + j * kRows + v * kLanes;
-                    const F e = exp_score<E::kExpDegree, kNatural>(load(x), scale, limit[v]);
+                    const F e = exp2<E::kExpDegree>((load(x) - limit[v]) * factor);
                     sum[v] += e;
                     store(x, e);
                 });
@@ -174,14 +171,13 @@ class Forward : ForwardScratch<E> {
     }
 
     // The same with dropout: the sum takes every probability, the product only the kept ones.
-    template <bool kNatural>
-    __attribute__((noinline)) void exponentials_dropped(int v, int64_t k0, int64_t k1, float scale, F limit, F& sum) {
+    __attribute__((noinline)) void exponentials_dropped(int v, int64_t k0, int64_t k1, float factor, F limit, F& sum) {
         alignas(64) float cache[4 * kLanes];
         int64_t cached = -1;
         float* at = scores + v * kLanes;
         F previous = zero();
         for (int64_t j = k0; j < k1; ++j) {
-            F e = exp_score<E::kExpDegree, kNatural>(load(at + (j - k0) * kRows), scale, limit);
+            F e = exp2<E::kExpDegree>((load(at + (j - k0) * kRows) - limit) * factor);
             sum += e;
             e *= tile.dropout_factor(v, j, cache, cached);
             if constexpr (E::kPaired) {

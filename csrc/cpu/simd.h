@@ -56,6 +56,17 @@ TF_INLINE F maximum(F a, F b) {
 #endif
 }
 
+// The smaller; where either is NaN the second.
+TF_INLINE F minimum(F a, F b) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<F>(_mm512_min_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(__AVX2__)
+    return reinterpret_cast<F>(_mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
+    return a < b ? a : b;
+#endif
+}
+
 TF_INLINE bool any(I condition) {
 #if defined(__AVX512F__)
     return _mm512_movepi32_mask(reinterpret_cast<__m512i>(condition)) != 0;

@@ -82,6 +82,22 @@ inline const char* row_of(const Operand& operand, int64_t size, int64_t batch, i
     return operand.data + (batch * operand.batch + head * operand.head + row * operand.row) * size;
 }
 
+inline bool keeps_key(const Problem& p, const Sequence& s, int64_t j) {
+    return p.key_mask[s.index * p.key_mask_batch + j * p.key_mask_key] != 0;
+}
+
+// May a row see any key of [k0, k1) by a dense boolean mask? Reads bytes only where the row's summary leaves it open.
+inline bool any_in_dense_mask(const Problem& p, const Sequence& s, int64_t head, int64_t row, int64_t k0, int64_t k1) {
+    const RowSummary& dense = p.summary;
+    if (dense.lo == nullptr) return true;
+    const int64_t at = s.index * dense.batch + head * dense.head + row * dense.row;
+    const int64_t lo = max_of<int64_t>(k0, dense.lo[at]), hi = min_of<int64_t>(k1, dense.hi[at]);
+    if (lo >= hi) return false;
+    if (dense.solid[at] || p.bias.key != 1) return true;
+    const char* bytes = p.bias.data + s.index * p.bias.batch + head * p.bias.head + row * p.bias.row;
+    return first_visible(bytes, lo, hi) < hi;
+}
+
 struct QueryTile {
     const Problem& p;
     const Sequence& s;
@@ -189,17 +205,14 @@ struct QueryTile {
     bool any_by_mask(int v, int64_t k0, int64_t k1) const {
         if (p.key_mask != nullptr) {
             bool any_key = false;
-            for (int64_t j = k0; j < k1 && !any_key; ++j) any_key = keeps_key(j);
+            for (int64_t j = k0; j < k1 && !any_key; ++j) any_key = keeps_key(p, s, j);
             if (!any_key) return false;
         }
-        if (p.summary.lo == nullptr || p.bias.key != 1) return true;
         for (int lane = v * kLanes; lane < min_of<int64_t>((v + 1) * kLanes, rows); ++lane) {
-            if (std::memchr(bias_row(lane) + k0, 1, static_cast<size_t>(k1 - k0)) != nullptr) return true;
+            if (any_in_dense_mask(p, s, head[lane], position[lane], k0, k1)) return true;
         }
         return false;
     }
-
-    bool keeps_key(int64_t j) const { return p.key_mask[s.index * p.key_mask_batch + j * p.key_mask_key] != 0; }
 
     // Raw products -> scores with everything that changes them: scale, softcap, bias, ALiBi.
     // `scores` is S^T of keys [k0, k1), rows of kRows floats. `slope`, if given, receives d(capped) / d(scaled).
@@ -248,7 +261,7 @@ struct QueryTile {
                 const int32_t key = static_cast<int32_t>(j);
                 F x = select((first <= key) & (last > key), load(at), minus_infinity);
                 if (dense) x = select(load(bias.transposed + (j - k0) * kRows + v * kLanes) < 0.0f, minus_infinity, x);
-                if (s.holes && !keeps_key(j)) x = minus_infinity;
+                if (s.holes && !keeps_key(p, s, j)) x = minus_infinity;
                 store(at, x);
             }
         }
@@ -373,17 +386,10 @@ inline void stage_by_keys(int64_t keys, int64_t columns, bool dirty, const char*
     stride = width * 4;
 }
 
-// 2^(score - top) with both in the problem's score units. Unchanged scores are raw products until here: `scale`.
-template <int kDegree, bool kNatural>
-TF_INLINE F exp_score(F score, float scale, F top) {
-    return exp2<kDegree>(kNatural ? (score - top) * kLog2E : score * scale - top);
-}
-
-// A head's sink in score units.
+// A head's sink: a score in natural units, since a problem with sinks has all of them in natural units.
 TF_INLINE float sink_of(const Problem& p, int64_t head) {
     if (p.sinks == nullptr) return -kInfinity;
-    const float sink = scalar_at(p.sinks_dtype, p.sinks + head * p.sinks_stride * size_of(p.sinks_dtype));
-    return p.modifies_scores() ? sink : sink * kLog2E;
+    return scalar_at(p.sinks_dtype, p.sinks + head * p.sinks_stride * size_of(p.sinks_dtype));
 }
 
 // What a row leaves for its caller and for backward. `top` is its maximum in score units, -inf for a row that saw

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import masks
 from .._version import __version__
-from ..layout import new_output
+from ..layout import output_layout
 from ..spec import AttentionSpec, Layout, Operands
 from .base import Backend, Gradients, Info, Results, Runner
 
@@ -23,6 +23,7 @@ try:
 except ImportError as error:  # built without a C++ compiler, or for another Python
     _WHY_NOT = f"the native module transformer_fast._C_cpu does not import: {error}"
 
+_CPU = torch.device("cpu")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 
 
@@ -54,12 +55,6 @@ def _broadcast_strides(layout: Layout | None) -> tuple[int, ...]:
     return tuple(0 if n == 1 else s for n, s in zip(layout.shape, layout.stride, strict=True))
 
 
-def _row_strides(layout: Layout | Tensor, packed: bool) -> tuple[int, int, int]:
-    """(batch, head, row) strides of a padded (b, h, s, d) or a packed (s, h, d) operand."""
-    stride = layout.stride() if isinstance(layout, Tensor) else layout.stride
-    return (0, stride[1], stride[0]) if packed else (stride[0], stride[1], stride[2])
-
-
 def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     strides, step = [], 1
     for n in reversed(shape):
@@ -77,13 +72,12 @@ class CpuRunner(Runner):
         self.lse_shape = (
             (spec.num_heads, spec.total_q) if spec.is_packed else (spec.batch, spec.num_heads, spec.seqlen_q)
         )
-        # Shapes and strides only: the layout of what forward and backward will allocate.
-        meta = [torch.empty_strided(o.shape, o.stride, device="meta") for o in spec.layouts[:3] if o is not None]
-        out = new_output(meta[0], spec.head_dim_v)
-        self.out_shape, self.out_stride = out.shape, out.stride()
-        self.plan = _C_cpu.Plan(self._fields(spec, out, [torch.empty_like(t) for t in meta]))
+        query = spec.layout("query")
+        assert query is not None
+        self.out_shape, self.out_stride = output_layout(query.shape, query.stride, spec.head_dim_v)
+        self.plan = _C_cpu.Plan(self._fields(spec))
 
-    def _fields(self, spec: AttentionSpec, out: Tensor, grads: list[Tensor]) -> dict[str, Any]:
+    def _fields(self, spec: AttentionSpec) -> dict[str, Any]:
         options = spec.options
         left, right = masks.bounds(options.window_left, options.window_right)
         query, key, value, bias, slopes, sinks, key_mask, seqlens_k = (
@@ -113,13 +107,10 @@ class CpuRunner(Runner):
             "dropout_p": options.dropout_p,
             "left": left,
             "right": right,
-            "query": _row_strides(query, self.packed),
-            "key": _row_strides(key, self.packed),
-            "value": _row_strides(value, self.packed),
-            "out": _row_strides(out, self.packed),
-            "dquery": _row_strides(grads[0], self.packed),
-            "dkey": _row_strides(grads[1], self.packed),
-            "dvalue": _row_strides(grads[2], self.packed),
+            "query": self._rows(query.stride),
+            "key": self._rows(key.stride),
+            "value": self._rows(value.stride),
+            "out": self._rows(self.out_stride),
             "seqlens_k_stride": 1 if seqlens_k is None else seqlens_k.stride[0],
             "key_mask": (0, 0) if key_mask is None else tuple(key_mask.stride),
             "bias_dtype": 0 if bias is None else _DTYPES[bias.dtype],
@@ -130,18 +121,23 @@ class CpuRunner(Runner):
             "sinks_stride": 1 if sinks is None else sinks.stride[0],
         }
 
+    def _rows(self, stride: Sequence[int]) -> tuple[int, int, int]:
+        """(batch, head, row) strides of a padded (b, h, s, d) or a packed (s, h, d) operand."""
+        return (0, stride[1], stride[0]) if self.packed else (stride[0], stride[1], stride[2])
+
     def _pointers(self, operands: Operands) -> tuple[int, ...]:
         *tensors, seed = operands
         pointers = [0 if t is None else t.data_ptr() for t in tensors]
         return (*pointers, 0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF)
 
     def forward(self, operands: Operands, *, need_lse: bool, need_stats: bool) -> Results:
-        out = torch.empty_strided(self.out_shape, self.out_stride, dtype=self.spec.dtype)
+        # The device is named, or torch.set_default_device would choose it.
+        out = torch.empty_strided(self.out_shape, self.out_stride, dtype=self.spec.dtype, device=_CPU)
         lse = stats = None
         if need_lse or need_stats:
-            lse = torch.empty(self.lse_shape, dtype=torch.float32)
+            lse = torch.empty(self.lse_shape, dtype=torch.float32, device=_CPU)
         if need_stats:
-            stats = torch.empty((2, *self.lse_shape), dtype=torch.float32)
+            stats = torch.empty((2, *self.lse_shape), dtype=torch.float32, device=_CPU)
         self.plan.forward(
             *self._pointers(operands), out.data_ptr(), _pointer(lse), _pointer(stats), torch.get_num_threads()
         )
@@ -153,6 +149,11 @@ class CpuRunner(Runner):
         query, bias, sinks = operands.query, operands.bias, operands.sinks
         out, lse, stats = results
         assert lse is not None and stats is not None
+        # What forward left may come back in another order or type: saved-tensor hooks compress and move it.
+        if out.stride() != self.out_stride or out.dtype != self.spec.dtype:
+            out = torch.empty_strided(self.out_shape, self.out_stride, dtype=self.spec.dtype, device=_CPU).copy_(out)
+        lse, stats = (t.to(torch.float32).contiguous() for t in (lse, stats))
+        dout = dout.to(self.spec.dtype)
         if dout.stride(-1) != 1 and dout.shape[-1] > 1:  # a gradient that was expanded, from out.sum() for one
             dout = dout.contiguous()
         dlse = None if dlse is None else dlse.to(torch.float32).contiguous()
@@ -163,9 +164,8 @@ class CpuRunner(Runner):
             *self._pointers(operands),
             *map(_pointer, (out, lse, stats)),
             torch.get_num_threads(),
-            dout.data_ptr(),
-            _row_strides(dout, self.packed),
-            *map(_pointer, (dlse, delta, dquery, dkey, dvalue, bias_grad)),
+            *map(_pointer, (dout, dquery, dkey, dvalue, dlse, delta, bias_grad)),
+            *(self._rows(t.stride()) for t in (dout, dquery, dkey, dvalue)),
         )
         sink_grad = None
         if dsinks and sinks is not None:
@@ -187,7 +187,10 @@ class CpuBackend(Backend):
     def info(self) -> Info:
         if _C_cpu is None:
             return Info(self.name, False, _WHY_NOT, None)
-        details = {"isa": _C_cpu.current_isa(), "isas": _C_cpu.available_isas()}
+        try:
+            details = {"isa": _C_cpu.current_isa(), "isas": _C_cpu.available_isas()}
+        except ValueError as error:  # TRANSFORMER_FAST_CPU_ISA names none that this machine has
+            return Info(self.name, False, str(error), __version__)
         return Info(self.name, True, None, __version__, details)
 
     def supports(self, spec: AttentionSpec) -> str | None:

@@ -27,6 +27,7 @@ BIAS_FORMS = ("bhqk", "1hqk", "b1qk", "11qk", "b11k", "1h1k", "bhq1", "hqk", "qk
 BIAS_KINDS = (
     "float",
     "float_some_minus_inf",
+    "float_high",
     "float_lowest",
     "float_lowest_rows",
     "bool",
@@ -274,6 +275,8 @@ def _draw_bias(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Te
         hidden = torch.rand(shape, generator=generator) < 0.4
         if case.bias == "float_some_minus_inf":
             bias = bias.masked_fill(hidden, -INF)
+        elif case.bias == "float_high":
+            bias = bias + 200  # exp of which no float32 holds: lanes without a row must not take it
         elif case.bias.startswith("float_lowest"):
             # The additive masks of model code: the lowest number instead of -inf. A row that has nothing else sees
             # all its keys alike.

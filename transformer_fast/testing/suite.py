@@ -144,6 +144,7 @@ def _bias() -> list[Case]:
             bias_causal=dict(common, bias="float", causal=True, bias_form="1hqk"),
             bias_window=dict(common, bias="float", window_size=(9, 9)),
             bias_minus_inf=dict(common, bias="float_some_minus_inf", core=True),
+            bias_high=dict(common, bias="float_high", bias_form="1hqk"),
             bias_lowest=dict(common, bias="float_lowest", bias_form="b1qk"),
             bias_lowest_rows=dict(common, bias="float_lowest_rows", bias_form="b1qk"),
             bias_lowest_rows_sinks=dict(common, bias="float_lowest_rows", bias_form="qk", sinks="finite"),

@@ -1,6 +1,8 @@
 // Schedule of the backward pass: runs of query rows, their accumulators, and the order in which those are added.
 #include <algorithm>
 #include <cstring>
+#include <memory>
+#include <numeric>
 #include <vector>
 
 #include "attention.h"
@@ -11,9 +13,16 @@
 namespace tf {
 namespace {
 
-constexpr int64_t kRunsPerThread = 4;
+// One (sequence, KV head): what has a dK and a dV of its own.
+struct BackwardUnit {
+    const Sequence* sequence;
+    int64_t kv_head;
+};
 
-// What one thread does without pause. Usually one run; runs that add into the same rows of dbias share a task.
+// Units that add into the same rows of dbias, to be done one after the other; usually a chain is one unit.
+using Chain = std::vector<BackwardUnit>;
+
+// What one thread does without pause.
 struct BackwardTask {
     std::vector<BackwardRun> runs;
     int64_t pairs = 0;
@@ -24,38 +33,52 @@ struct AccumulatorWidths {
     int64_t floats(const BackwardRun& run) const { return (run.key_end - run.key_begin) * (key + value); }
 };
 
-// Query rows of each (sequence, KV head), whole if that makes tasks enough, else in equal parts. Parts have
-// accumulators of their own, which are added in a fixed order, so results depend on the number of threads alone.
-std::vector<BackwardTask> make_backward_tasks(const Problem& p, const Kernels& kernels,
-                                              const std::vector<Sequence>& sequences) {
-    const bool bias = p.dbias != nullptr;
-    const bool batch_shares = bias && p.dbias_batch == 0, heads_share = bias && p.dbias_head == 0;
-    const int64_t chains = std::max<int64_t>(1, (batch_shares ? 1 : p.batch) * (heads_share ? 1 : p.num_kv_heads));
-    const bool rows_share = bias && p.dbias_row == 0;
-    const int64_t parts =
-        rows_share || chains >= kRunsPerThread * p.num_threads ? 1 : ceil_div(kRunsPerThread * p.num_threads, chains);
-    std::vector<BackwardTask> tasks(static_cast<size_t>(chains * parts));
+std::vector<Chain> make_chains(const Problem& p, const std::vector<Sequence>& sequences) {
+    const bool batch_shares = p.dbias != nullptr && p.dbias_batch == 0;
+    const bool heads_share = p.dbias != nullptr && p.dbias_head == 0;
+    const int64_t heads = heads_share ? 1 : p.num_kv_heads;
+    std::vector<Chain> chains(static_cast<size_t>((batch_shares ? 1 : p.batch) * heads));
     for (const Sequence& s : sequences) {
-        const int64_t rows = s.len_q * p.group_size;
-        const int64_t length = std::max(kernels.tile_rows, round_up(ceil_div(rows, parts), kernels.tile_rows));
         for (int64_t h = 0; h < p.num_kv_heads; ++h) {
-            const int64_t chain =
-                (batch_shares ? 0 : s.index) * (heads_share ? 1 : p.num_kv_heads) + (heads_share ? 0 : h);
-            for (int64_t r = 0; r < rows; r += length) {
-                const int64_t count = std::min(length, rows - r);
-                const TileRange seen = tile_range(s.mask, r / p.group_size, (r + count - 1) / p.group_size);
-                BackwardTask& task = tasks[static_cast<size_t>(chain * parts + r / length)];
-                task.runs.push_back({static_cast<int32_t>(s.index), static_cast<int32_t>(h), r, count, seen.begin,
-                                     seen.end, nullptr, nullptr});
-                task.pairs += count * (seen.end - seen.begin);
-            }
+            const int64_t chain = (batch_shares ? 0 : s.index) * heads + (heads_share ? 0 : h);
+            chains[static_cast<size_t>(chain)].push_back({&s, h});
         }
     }
-    tasks.erase(std::remove_if(tasks.begin(), tasks.end(), [](const BackwardTask& t) { return t.runs.empty(); }),
-                tasks.end());
+    return chains;
+}
+
+// In how many parts the rows of a unit are done: one if there are chains enough to keep all threads busy. Each part
+// has accumulators for the keys it sees, so there are no more than two for each thread. Rows that share their row of
+// dbias cannot be parted.
+int64_t parts_of_unit(const Problem& p, int64_t chains) {
+    const bool rows_share = p.dbias != nullptr && p.dbias_row == 0;
+    if (rows_share || chains == 0 || chains >= 4 * p.num_threads) return 1;
+    return std::min(ceil_div(4 * p.num_threads, chains), 2 * ceil_div(p.num_threads, chains));
+}
+
+// The query rows of a unit as runs of equal length. Runs of one unit are at work at the same time, so the heads of a
+// group that share a row of dbias must not be divided between two of them.
+std::vector<BackwardRun> make_runs(const Problem& p, const Kernels& kernels, const BackwardUnit& unit, int64_t parts) {
+    const Sequence& s = *unit.sequence;
+    const int64_t rows = s.len_q * p.group_size;
+    const bool heads_share = p.dbias != nullptr && p.dbias_head == 0;
+    const int64_t step = heads_share ? std::lcm(kernels.tile_rows, p.group_size) : kernels.tile_rows;
+    const int64_t length = parts == 1 ? rows : std::max(step, round_up(ceil_div(rows, parts), step));
+    std::vector<BackwardRun> runs;
+    for (int64_t r = 0; r < rows; r += length) {
+        const int64_t count = std::min(length, rows - r);
+        const TileRange seen = tile_range(s.mask, r / p.group_size, (r + count - 1) / p.group_size);
+        runs.push_back({static_cast<int32_t>(s.index), static_cast<int32_t>(unit.kv_head), r, count, seen.begin,
+                        seen.end, nullptr, nullptr});
+    }
+    return runs;
+}
+
+int64_t pairs_of(const BackwardRun& run) { return run.rows * (run.key_end - run.key_begin); }
+
+void heaviest_first(std::vector<BackwardTask>& tasks) {
     std::stable_sort(tasks.begin(), tasks.end(),
                      [](const BackwardTask& a, const BackwardTask& b) { return a.pairs > b.pairs; });
-    return tasks;
 }
 
 // Writes dK and dV of keys [first, last) of one KV head from the runs that saw them; zeros where none did.
@@ -84,62 +107,124 @@ void store_key_gradients(const Problem& p, const Kernels& kernels, const Sequenc
     }
 }
 
-void backward_by_runs(const Problem& p, const Kernels& kernels, const std::vector<Sequence>& sequences) {
-    const AccumulatorWidths widths{round_up(p.head_dim, kernels.lanes), round_up(p.head_dim_v, kernels.lanes)};
-    std::vector<BackwardTask> tasks = make_backward_tasks(p, kernels, sequences);
-    // All runs of one (sequence, KV head), in the order of their rows whatever the order of the tasks.
-    std::vector<std::vector<const BackwardRun*>> runs_of(static_cast<size_t>(p.batch * p.num_kv_heads));
-    int64_t pairs = 0, floats = 0, largest = 0;
-    for (const BackwardTask& task : tasks) {
-        pairs += task.pairs;
-        for (const BackwardRun& run : task.runs) {
-            runs_of[static_cast<size_t>(run.sequence * p.num_kv_heads + run.kv_head)].push_back(&run);
-            floats += widths.floats(run);
-            largest = std::max(largest, widths.floats(run));
+class BackwardPass {
+  public:
+    BackwardPass(const Problem& problem, const std::vector<Sequence>& all_sequences)
+        : p(problem),
+          sequences(all_sequences),
+          kernels(current_kernels()),
+          widths{round_up(p.head_dim, kernels.lanes), round_up(p.head_dim_v, kernels.lanes)},
+          workspace(round_up(kernels.backward_workspace(p), 64)) {}
+
+    void run() {
+        const std::vector<Chain> chains = make_chains(p, sequences);
+        const int64_t parts = parts_of_unit(p, static_cast<int64_t>(chains.size()));
+        if (parts == 1) return by_chains(chains);
+        size_t longest = 0;
+        for (const Chain& chain : chains) longest = std::max(longest, chain.size());
+        for (size_t place = 0; place < longest; ++place) {
+            std::vector<BackwardUnit> units;  // one of each chain: no two of them share a row of dbias
+            for (const Chain& chain : chains) {
+                if (place < chain.size()) units.push_back(chain[place]);
+            }
+            by_parts(units, parts);
         }
     }
-    const bool whole = std::all_of(runs_of.begin(), runs_of.end(), [](const auto& runs) { return runs.size() <= 1; });
-    const int threads = threads_for(p, pairs * 3);
-    const int64_t workspace = round_up(kernels.backward_workspace(p), 64);
-    const auto use_memory = [&](BackwardRun& run, float* memory) {
+
+  private:
+    const Problem& p;
+    const std::vector<Sequence>& sequences;
+    const Kernels& kernels;
+    const AccumulatorWidths widths;
+    const int64_t workspace;
+
+    int64_t keys_of(const Sequence& s) const { return p.packed ? s.len_k : p.seqlen_k; }
+
+    void give_memory(BackwardRun& run, float* memory) const {
         run.dkey = memory;
         run.dvalue = memory + (run.key_end - run.key_begin) * widths.key;
-    };
-    const auto keys_of = [&](const Sequence& s) { return p.packed ? s.len_k : p.seqlen_k; };
-    std::vector<float> shared;
-    if (!whole) {  // parts of one head wait for each other in memory of their own
-        shared.resize(static_cast<size_t>(floats));
-        float* next = shared.data();
-        for (BackwardTask& task : tasks) {
-            for (BackwardRun& run : task.runs) {
-                use_memory(run, next);
-                next += widths.floats(run);
+        std::memset(run.dkey, 0, static_cast<size_t>(widths.floats(run)) * 4);
+    }
+
+    void compute(const BackwardRun& run, char* memory) const {
+        kernels.backward(p, sequences[static_cast<size_t>(run.sequence)], run, memory);
+    }
+
+    // A chain is a task, a unit one run, and the accumulators are the thread's.
+    void by_chains(const std::vector<Chain>& chains) const {
+        std::vector<BackwardTask> tasks;
+        int64_t pairs = 0, largest = 0;
+        for (const Chain& chain : chains) {
+            BackwardTask task;
+            for (const BackwardUnit& unit : chain) {
+                const std::vector<BackwardRun> runs = make_runs(p, kernels, unit, 1);
+                if (runs.empty()) {  // keys without a query
+                    store_key_gradients(p, kernels, *unit.sequence, unit.kv_head, {}, widths, 0,
+                                        keys_of(*unit.sequence));
+                    continue;
+                }
+                task.runs.push_back(runs.front());
+                task.pairs += pairs_of(runs.front());
+                largest = std::max(largest, widths.floats(runs.front()));
+            }
+            pairs += task.pairs;
+            if (!task.runs.empty()) tasks.push_back(std::move(task));
+        }
+        heaviest_first(tasks);
+        run_tasks(static_cast<int64_t>(tasks.size()), threads_for(p, pairs * 3), workspace + largest * 4,
+                  [&](int64_t number, char* memory) {
+                      for (BackwardRun& run : tasks[static_cast<size_t>(number)].runs) {
+                          give_memory(run, reinterpret_cast<float*>(memory + workspace));
+                          compute(run, memory);
+                          const Sequence& s = sequences[static_cast<size_t>(run.sequence)];
+                          store_key_gradients(p, kernels, s, run.kv_head, {&run}, widths, 0, keys_of(s));
+                      }
+                  });
+    }
+
+    // A part of a unit is a task. Parts have accumulators of their own, which are added in a fixed order, so results
+    // depend on the number of threads alone.
+    void by_parts(const std::vector<BackwardUnit>& units, int64_t parts) const {
+        std::vector<BackwardTask> tasks;
+        int64_t pairs = 0, floats = 0;
+        for (const BackwardUnit& unit : units) {
+            for (const BackwardRun& run : make_runs(p, kernels, unit, parts)) {
+                tasks.push_back({{run}, pairs_of(run)});
+                pairs += pairs_of(run);
+                floats += widths.floats(run);
             }
         }
+        heaviest_first(tasks);
+        std::unique_ptr<float[]> accumulators(new float[static_cast<size_t>(floats)]);  // cleared by who uses them
+        float* next = accumulators.get();
+        std::vector<float*> memory_of;
+        std::vector<std::vector<const BackwardRun*>> runs_of(static_cast<size_t>(p.batch * p.num_kv_heads));
+        for (const BackwardTask& task : tasks) {
+            const BackwardRun& run = task.runs.front();
+            memory_of.push_back(next);
+            next += widths.floats(run);
+            runs_of[static_cast<size_t>(run.sequence * p.num_kv_heads + run.kv_head)].push_back(&run);
+        }
+        const int threads = threads_for(p, pairs * 3);
+        run_tasks(static_cast<int64_t>(tasks.size()), threads, workspace, [&](int64_t number, char* memory) {
+            BackwardRun& run = tasks[static_cast<size_t>(number)].runs.front();
+            give_memory(run, memory_of[static_cast<size_t>(number)]);
+            compute(run, memory);
+        });
+        for (auto& runs : runs_of) {
+            std::sort(runs.begin(), runs.end(),
+                      [](const BackwardRun* a, const BackwardRun* b) { return a->first_row < b->first_row; });
+        }
+        run_tasks(static_cast<int64_t>(units.size()) * parts, threads, 64, [&](int64_t number, char*) {
+            const BackwardUnit& unit = units[static_cast<size_t>(number / parts)];
+            const Sequence& s = *unit.sequence;
+            const auto& runs = runs_of[static_cast<size_t>(s.index * p.num_kv_heads + unit.kv_head)];
+            const int64_t slice = number % parts, keys = keys_of(s);
+            store_key_gradients(p, kernels, s, unit.kv_head, runs, widths, keys * slice / parts,
+                                keys * (slice + 1) / parts);
+        });
     }
-    run_tasks(static_cast<int64_t>(tasks.size()), threads, workspace + (whole ? largest * 4 : 0),
-              [&](int64_t number, char* memory) {
-                  for (BackwardRun& run : tasks[static_cast<size_t>(number)].runs) {
-                      const Sequence& s = sequences[static_cast<size_t>(run.sequence)];
-                      if (whole) {
-                          use_memory(run, reinterpret_cast<float*>(memory + workspace));
-                          std::memset(run.dkey, 0, static_cast<size_t>(widths.floats(run)) * 4);
-                      }
-                      kernels.backward(p, s, run, memory);
-                      if (whole) store_key_gradients(p, kernels, s, run.kv_head, {&run}, widths, 0, keys_of(s));
-                  }
-              });
-    for (auto& runs : runs_of) {
-        std::sort(runs.begin(), runs.end(),
-                  [](const BackwardRun* a, const BackwardRun* b) { return a->first_row < b->first_row; });
-    }
-    run_tasks(p.batch * p.num_kv_heads, threads, 64, [&](int64_t unit, char*) {
-        const Sequence& s = sequences[static_cast<size_t>(unit / p.num_kv_heads)];
-        const auto& runs = runs_of[static_cast<size_t>(unit)];
-        if (whole && !runs.empty()) return;
-        store_key_gradients(p, kernels, s, unit % p.num_kv_heads, runs, widths, 0, keys_of(s));
-    });
-}
+};
 
 }  // namespace
 
@@ -147,7 +232,7 @@ void attention_backward(const Problem& problem) {
     Problem p = problem;
     const MaskSummary summary(p);
     const std::vector<Sequence> sequences = make_sequences(p);
-    backward_by_runs(p, current_kernels(), sequences);
+    BackwardPass(p, sequences).run();
 }
 
 }  // namespace tf

@@ -82,6 +82,23 @@ struct DecodeUnit {
     int64_t first_chunk, chunks;
 };
 
+// The keys that some row of some head of a group sees, from the first to the last.
+Interval seen_by_group(const Problem& p, const Sequence& s, int64_t kv_head) {
+    const TileRange seen = tile_range(s.mask, 0, s.len_q - 1);
+    const RowSummary& dense = p.summary;
+    if (dense.lo == nullptr) return {seen.begin, seen.end};
+    Interval keys{seen.end, seen.begin};
+    for (int64_t head = kv_head * p.group_size; head < (kv_head + 1) * p.group_size; ++head) {
+        for (int64_t row = 0; row < s.len_q; ++row) {
+            const int64_t at = s.index * dense.batch + head * dense.head + row * dense.row;
+            const int64_t lo = std::max<int64_t>(seen.begin, dense.lo[at]);
+            const int64_t hi = std::min<int64_t>(seen.end, dense.hi[at]);
+            if (lo < hi) keys = {std::min(keys.lo, lo), std::max(keys.hi, hi)};
+        }
+    }
+    return keys.lo < keys.hi ? keys : Interval{seen.begin, seen.begin};
+}
+
 void forward_by_chunks(const Problem& p, const Kernels& kernels, const std::vector<Sequence>& sequences) {
     const int64_t units = std::max<int64_t>(1, p.batch * p.num_kv_heads);
     const int64_t wanted = ceil_div(kChunksPerThread * p.num_threads, units);
@@ -91,16 +108,16 @@ void forward_by_chunks(const Problem& p, const Kernels& kernels, const std::vect
     int64_t pairs = 0, floats = 0;
     for (const Sequence& s : sequences) {
         if (s.len_q == 0) continue;
-        const TileRange seen = tile_range(s.mask, 0, s.len_q - 1);
-        const int64_t rows = s.len_q * p.group_size, keys = seen.end - seen.begin;
-        const int64_t parts = std::max<int64_t>(1, std::min(wanted, keys / kMinChunk));
-        const int64_t length = std::max<int64_t>(1, round_up(ceil_div(keys, parts), 16));
-        pairs += rows * keys * p.num_kv_heads;
+        const int64_t rows = s.len_q * p.group_size;
         for (int64_t h = 0; h < p.num_kv_heads; ++h) {
             DecodeUnit unit{static_cast<int32_t>(s.index), static_cast<int32_t>(h), static_cast<int64_t>(chunks.size()),
                             0};
-            for (int64_t begin = seen.begin; begin < seen.end; begin += length) {
-                chunks.push_back({unit.sequence, unit.kv_head, begin, std::min(begin + length, seen.end), nullptr});
+            const Interval seen = seen_by_group(p, s, h);
+            const int64_t keys = seen.hi - seen.lo, parts = std::max<int64_t>(1, std::min(wanted, keys / kMinChunk));
+            const int64_t length = std::max<int64_t>(1, round_up(ceil_div(keys, parts), 16));
+            pairs += rows * keys;
+            for (int64_t begin = seen.lo; begin < seen.hi; begin += length) {
+                chunks.push_back({unit.sequence, unit.kv_head, begin, std::min(begin + length, seen.hi), nullptr});
                 floats += rows * state;
             }
             unit.chunks = static_cast<int64_t>(chunks.size()) - unit.first_chunk;

@@ -95,14 +95,12 @@ void MaskSummary::summarise(const Problem& p, const char* row, size_t i) {
         set(i, first, last, solid);
         return;
     }
-    const void* found = std::memchr(row, 1, static_cast<size_t>(keys));
-    if (found == nullptr) return set(i, 0, 0, true);
-    const int64_t first = static_cast<const char*>(found) - row;
+    const int64_t first = first_visible(row, 0, keys);
+    if (first == keys) return set(i, 0, 0, true);
     const void* gap = std::memchr(row + first, 0, static_cast<size_t>(keys - first));
     if (gap == nullptr) return set(i, first, keys, true);
     const int64_t stop = static_cast<const char*>(gap) - row;
-    const void* more = std::memchr(row + stop, 1, static_cast<size_t>(keys - stop));
-    if (more == nullptr) return set(i, first, stop, true);
+    if (first_visible(row, stop, keys) == keys) return set(i, first, stop, true);
     int64_t last = keys;
     while (!row[last - 1]) --last;
     set(i, first, last, false);

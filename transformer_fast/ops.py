@@ -96,22 +96,21 @@ def _is_transformed() -> bool:
 def _is_traced(operands: Operands, options: Options) -> bool:
     """Is somebody watching who must see an op: a compiler, a tracer, a mode, a transform, a tensor subclass?"""
     tensor: Any
-    subclass = False
+    must_dispatch, compiling = False, torch.compiler.is_compiling()
     for tensor in operands:
         kind = type(tensor)
         if tensor is None:
             continue
         if kind is Tensor or kind is Parameter:
-            if tensor.is_neg() or tensor._is_zerotensor():  # not what lies in memory: the dispatcher resolves it
-                return True
+            must_dispatch |= not compiling and tensor.is_neg()  # memory has the other sign: the dispatcher resolves it
             continue
         if not isinstance(tensor, Tensor):
             check(operands, options)  # raises, naming the argument
-        subclass = True
+        must_dispatch = True
     return (
-        subclass
+        must_dispatch
         or operands.query.is_meta
-        or torch.compiler.is_compiling()
+        or compiling
         or torch._C._len_torch_dispatch_stack() > 0
         or _is_transformed()
         or torch._C._get_tracing_state() is not None

@@ -55,8 +55,8 @@ def attention(
         seqlens_k: int32 (batch,), key lengths of right-padded batches or caches, 0 to seqlen_k. They move the
             alignment: the last query row stands at the last valid key.
         key_padding_mask: bool (batch, seqlen_k), True = keep, any pattern. It does not move the alignment.
-        bias: added to the scores (float32 or the query's dtype) or, as bool, hides keys where False; broadcastable
-            to (batch, num_heads, seqlen_q, seqlen_k).
+        bias: added to the scores (float32 or the query's dtype; -inf hides a key) or, as bool, hides keys where
+            False; broadcastable to (batch, num_heads, seqlen_q, seqlen_k).
         alibi_slopes: float32 (num_heads,) or (batch, num_heads): adds ``-slope * |i + offset - j|``, where offset is
             key length minus seqlen_q (Press et al., 2022). Without gradient.
         softcap: scores become ``softcap * tanh(scores / softcap)`` before bias (Gemma 2).

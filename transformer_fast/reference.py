@@ -6,7 +6,7 @@ Order of operations, in float32 whatever the input dtype (float64 stays float64)
     s = softmax_scale * (q . k)
     s = softcap * tanh(s / softcap)                 if softcap
     s = s + bias                                    dense bias and ALiBi
-    s = -inf where not visible
+    s = -inf where not visible                      a bias of -inf hides a key too
     p = softmax(s, extra logit = sink)              the sink takes probability and gives no value
     p = dropout(p)
     out = p @ v ;  lse = logsumexp(s, sink)
@@ -119,6 +119,8 @@ def _dense(operands: Operands, spec: AttentionSpec, first_batch: int = 0) -> tup
     bias = operands.bias
     if bias is not None and bias.dtype == torch.bool:
         visible, bias = visible & bias, None
+    elif bias is not None:
+        visible = visible & (bias != float("-inf"))  # which hides a key as False does
 
     # The visible set decides first, so that hidden keys cannot send NaN through the steps below.
     visible = visible.expand(batch, num_heads, seqlen_q, seqlen_k)

@@ -60,10 +60,12 @@ struct Problem {
     uint64_t seed = 0;
     int num_threads = 1;
 
+    // A bias of -inf hides a key as False does, wherever it stands: no block is surely full.
+    bool has_float_bias() const { return bias.data != nullptr && bias.dtype != DType::boolean; }
     bool modifies_scores() const {
-        const bool dense_float = bias.data != nullptr && bias.dtype != DType::boolean;
         // Raw products can stand for scores only if a greater one is a greater score, and a sink has no raw product.
-        return softcap != 0.0f || dense_float || alibi_slopes != nullptr || sinks != nullptr || softmax_scale < 1e-30f;
+        return softcap != 0.0f || has_float_bias() || alibi_slopes != nullptr || sinks != nullptr ||
+               softmax_scale < 1e-30f;
     }
     // Scores that something changes are kept in natural units, where a bias of -FLT_MAX still fits, the others as the
     // raw products they are. Differences of them are taken first, since that is exact near the maximum, and a product

@@ -134,7 +134,7 @@ class Backward : BackwardScratch<E> {
 
     void visit(int64_t n0, int64_t n1) {
         if (tile.is_full(n0, n1)) {
-            attend(load_block(n0, n1, false), 0, tile.vectors, n0, n1, false);
+            attend(load_block(n0, n1, p.has_float_bias()), 0, tile.vectors, n0, n1, false);
             return;
         }
         bool loaded = false;
@@ -146,12 +146,12 @@ class Backward : BackwardScratch<E> {
         });
     }
 
-    BackwardBlock load_block(int64_t n0, int64_t n1, bool edge) {
+    BackwardBlock load_block(int64_t n0, int64_t n1, bool hides) {
         const char* key = row_of(p.key, E::kSize, batch(), tile.kv_head, tile.s.first_key + n0);
         const char* value = row_of(p.value, E::kSize, batch(), tile.kv_head, tile.s.first_key + n0);
         const int64_t key_stride = p.key.row * E::kSize, value_stride = p.value.row * E::kSize;
         BackwardBlock block{n0, n1, key, value, key, key_stride, value_stride, key_stride, false};
-        for (int64_t j = 0; edge && j < n1 - n0 && !block.dirty; ++j) {
+        for (int64_t j = 0; hides && j < n1 - n0 && !block.dirty; ++j) {
             block.dirty = !row_is_finite(E::kType, key + j * key_stride, p.head_dim);
         }
         stage_depth<E>(n1 - n0, p.head_dim, block.key, block.key_stride, staged_key);
@@ -169,7 +169,7 @@ class Backward : BackwardScratch<E> {
         if (p.modifies_scores()) tile.modify(scores, p.softcap != 0.0f ? slope : nullptr, v0, count, k0, k1);
         if (masked) tile.apply_mask(scores, v0, count, k0, k1);
         for (int v = v0; v < v0 + count; ++v) {
-            differentiate(v, k0, k1, masked);
+            differentiate(v, k0, k1, masked || p.has_float_bias());
         }
         if (p.dbias != nullptr) add_dbias(v0, count, k0, k1);
         if (p.softcap != 0.0f) through_softcap(v0, count, keys);  // the bias is added after it, so comes before here
@@ -193,7 +193,7 @@ class Backward : BackwardScratch<E> {
     }
 
     // Scores and dP of one vector -> P (as dropout left it) and dS, in place.
-    void differentiate(int v, int64_t k0, int64_t k1, bool masked) {
+    void differentiate(int v, int64_t k0, int64_t k1, bool hides) {
         const float factor = p.score_log2();
         const F top = load(row_max + v * kLanes), inverse = load(row_inverse + v * kLanes);
         const F shift = load(delta + v * kLanes);
@@ -205,7 +205,7 @@ class Backward : BackwardScratch<E> {
             // Forward may have left the maximum 8 too low, and a sum in another order moves scores of 1e10 by hundreds.
             const F exponent = minimum(set1(16.0f), (load(s) - top) * factor);
             F probability = exp2<E::kExpDegree>(exponent) * inverse;
-            if (masked) probability = select(load(s) == -kInfinity, zero(), probability);  // though inverse be NaN
+            if (hides) probability = select(load(s) == -kInfinity, zero(), probability);  // though inverse be NaN
             F gradient = load(ds), kept = probability;
             if (p.dropout_p > 0.0) {
                 const F factor = tile.dropout_factor(v, k0 + j, cache, cached);
@@ -214,7 +214,7 @@ class Backward : BackwardScratch<E> {
             }
             gradient = probability * (gradient - shift);
             // A hidden key may hold anything, its dP too.
-            if (masked) gradient = select(probability == 0.0f, zero(), gradient);
+            if (hides) gradient = select(probability == 0.0f, zero(), gradient);
             store(s, kept);
             store(ds, gradient);
         }

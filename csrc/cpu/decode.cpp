@@ -1,13 +1,12 @@
 // Split-KV decode: a few query rows against one chunk of keys (Flash-Decoding, Dao et al. 2023). Lanes run along
 // head_dim, the rows of a KV head's whole group share one pass over K and V, and memory is asked for ahead of use.
 #include "kernels.h"
+#include "reduce.h"
 #include "tile.h"
 
 namespace tf {
 namespace TF_ISA {
 namespace {
-
-typedef float Q __attribute__((vector_size(16)));
 
 constexpr int kBlockBytes = 16384;  // of K or V in a block: half of a level-1 cache
 constexpr int64_t kMaxBlock = 64, kMinBlock = 16;
@@ -40,55 +39,6 @@ class Ahead {
     const char* row_;
     int64_t at_, stride_, row_bytes_, rows_, lines_;
 };
-
-TF_INLINE Q add_quarters(F x) {
-#if defined(__AVX512F__)
-    const __m512 v = reinterpret_cast<__m512>(x);
-    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-    return reinterpret_cast<Q>(_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
-#elif defined(__AVX2__)
-    const __m256 v = reinterpret_cast<__m256>(x);
-    return reinterpret_cast<Q>(_mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)));
-#else
-    return x;
-#endif
-}
-
-// The sums of four vectors, as four floats.
-TF_INLINE Q sum_each(F a, F b, F c, F d) {
-    const Q q0 = add_quarters(a), q1 = add_quarters(b), q2 = add_quarters(c), q3 = add_quarters(d);
-    typedef int32_t Index __attribute__((vector_size(16)));
-    const Q low01 = __builtin_shuffle(q0, q1, Index{0, 4, 1, 5}), high01 = __builtin_shuffle(q0, q1, Index{2, 6, 3, 7});
-    const Q low23 = __builtin_shuffle(q2, q3, Index{0, 4, 1, 5}), high23 = __builtin_shuffle(q2, q3, Index{2, 6, 3, 7});
-    const Q s01 = low01 + high01, s23 = low23 + high23;
-    return __builtin_shuffle(s01, s23, Index{0, 1, 4, 5}) + __builtin_shuffle(s01, s23, Index{2, 3, 6, 7});
-}
-
-TF_INLINE float sum_of(F x) {
-    const Q q = add_quarters(x);
-    return (q[0] + q[1]) + (q[2] + q[3]);
-}
-
-TF_INLINE float largest(F x) {
-    alignas(64) float lane[kLanes];
-    store(lane, x);
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) lane[i] = max_of(lane[i], lane[i + half]);
-    }
-    return lane[0];
-}
-
-// Two rows of bf16 as pairs (first[i], second[i]), in the order that one instruction a vector gives: of each quarter
-// of the row, the first half goes to `low` and the second to `high`.
-TF_INLINE void interleave(F first, F second, F& low, F& high) {
-#if defined(__AVX512F__)
-    const __m512i a = reinterpret_cast<__m512i>(first), b = reinterpret_cast<__m512i>(second);
-    low = reinterpret_cast<F>(_mm512_unpacklo_epi16(a, b));
-    high = reinterpret_cast<F>(_mm512_unpackhi_epi16(a, b));
-#else
-    (void)first, (void)second, (void)low, (void)high;  // only AVX-512 has paired products
-#endif
-}
 
 inline int64_t block_keys(const Problem& p, int64_t element_size) {
     const int64_t row_bytes = max_of(p.head_dim, p.head_dim_v) * element_size;
@@ -190,7 +140,7 @@ class Decode : DecodeScratch<E> {
                            ceil_div(count, 4) * (width / kStep<E>));
         find_scores(n0, count, values_ahead);
         bool dirty = false;
-        for (int64_t j = n0; edge && j < n1 && !dirty; ++j)
+        for (int64_t j = n0; (edge || p.has_float_bias()) && j < n1 && !dirty; ++j)
             dirty = !row_is_finite(E::kType, value_row(j), p.head_dim_v);
         for (int64_t r = 0; r < rows; ++r) {
             if (p.modifies_scores()) modify(r, n0, n1);
@@ -283,7 +233,7 @@ class Decode : DecodeScratch<E> {
             }
             store(x + j, y);
         }
-        if (p.bias.data != nullptr && p.bias.dtype != DType::boolean) {
+        if (p.has_float_bias()) {
             for (int64_t j = 0; j < count; ++j) {
                 const float b = bias_at(r, n0 + j);
                 x[j] = b == -kInfinity ? b : x[j] + b;
@@ -468,37 +418,6 @@ int64_t decode_state(const Problem& p) {
 
 void decode(const Problem& p, const Sequence& sequence, const KeyChunk& chunk, char* workspace) {
     with_element(p.dtype, [&](auto element) { Decode<decltype(element)>(p, sequence, chunk, Arena(workspace)).run(); });
-}
-
-void combine(const Problem& p, const Sequence& s, int64_t kv_head, const KeyChunk* chunks, int64_t count,
-             char* workspace) {
-    float* out = reinterpret_cast<float*>(workspace);
-    const int64_t state = decode_state(p), width = state - 2, size = size_of(p.dtype);
-    for (int64_t r = 0; r < s.len_q * p.group_size; ++r) {
-        const int64_t head = kv_head * p.group_size + r % p.group_size, row = r / p.group_size;
-        float top = -kInfinity, sum = 0.0f;
-        for (int64_t c = 0; c < count; ++c) {
-            top = max_of(top, chunks[c].partial[r * state]);
-            sum += chunks[c].partial[r * state + 1];
-        }
-        const bool empty = top == -kInfinity && sum == 0.0f;  // scores that are all NaN leave no maximum, but a sum
-        if (!empty) {
-            const float sink = sink_of(p, head);
-            top = max_of(top, sink);
-            if (top == -kInfinity) top = 0.0f;
-            sum = exp2<5>(set1((sink - top) * p.score_log2()))[0];
-        }
-        std::memset(out, 0, static_cast<size_t>(width) * 4);
-        for (int64_t c = 0; c < count && !empty; ++c) {
-            const float* partial = chunks[c].partial + r * state;
-            const F weight = exp2<5>(set1((partial[0] - top) * p.score_log2()));
-            sum += partial[1] * weight[0];
-            for (int64_t d = 0; d < width; d += kLanes) store(out + d, load(out + d) + load(partial + 2 + d) * weight);
-        }
-        char* to = const_cast<char*>(row_of(p.out, size, p.packed ? 0 : s.index, head, s.first_query + row));
-        store_row(p.dtype, out, p.head_dim_v, empty ? 0.0f : 1.0f / sum, to);
-        store_statistics(p, s, head, row, top, sum);
-    }
 }
 
 }  // namespace TF_ISA

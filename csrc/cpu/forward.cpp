@@ -15,7 +15,7 @@ struct KeyBlock {
     int64_t begin;
     const char *key, *value;
     int64_t key_stride, value_stride;
-    bool dirty;  // an edge block with NaN or Inf in V, which must not reach the rows that do not see it
+    bool dirty;  // NaN or Inf in V, which must not reach the rows that do not see it; only looked for where some do not
 };
 
 template <class E>
@@ -65,7 +65,7 @@ class Forward : ForwardScratch<E> {
     // One block of keys: as a whole where every row sees every key, else vector by vector in its own range.
     void visit(int64_t n0, int64_t n1) {
         if (tile.is_full(n0, n1)) {
-            attend(load_block(n0, n1, false), 0, tile.vectors, n0, n1, false);
+            attend(load_block(n0, n1, p.has_float_bias()), 0, tile.vectors, n0, n1, false);
             return;
         }
         bool loaded = false;
@@ -77,12 +77,12 @@ class Forward : ForwardScratch<E> {
         });
     }
 
-    KeyBlock load_block(int64_t n0, int64_t n1, bool edge) {
+    KeyBlock load_block(int64_t n0, int64_t n1, bool hides) {
         const int64_t batch = p.packed ? 0 : tile.s.index, keys = n1 - n0;
         const char* key = row_of(p.key, E::kSize, batch, tile.kv_head, tile.s.first_key + n0);
         const char* value = row_of(p.value, E::kSize, batch, tile.kv_head, tile.s.first_key + n0);
         KeyBlock block{n0, key, value, p.key.row * E::kSize, p.value.row * E::kSize, false};
-        for (int64_t j = 0; edge && j < keys && !block.dirty; ++j) {
+        for (int64_t j = 0; hides && j < keys && !block.dirty; ++j) {
             block.dirty = !row_is_finite(E::kType, value + j * block.value_stride, p.head_dim_v);
         }
         stage_depth<E>(keys, p.head_dim, block.key, block.key_stride, staged_key);

@@ -217,7 +217,7 @@ struct QueryTile {
     // Raw products -> scores with everything that changes them: scale, softcap, bias, ALiBi.
     // `scores` is S^T of keys [k0, k1), rows of kRows floats. `slope`, if given, receives d(capped) / d(scaled).
     void modify(float* scores, float* slope, int v0, int count, int64_t k0, int64_t k1) {
-        const bool dense = p.bias.data != nullptr && p.bias.dtype != DType::boolean;
+        const bool dense = p.has_float_bias();
         if (dense) load_bias(v0, count, k0, k1);
         for (int v = v0; v < v0 + count; ++v) {
             alignas(64) float alibi[kLanes], place[kLanes];

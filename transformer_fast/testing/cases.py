@@ -308,7 +308,9 @@ def _visible(case: Case, padding_mask: Tensor | None, bias: Tensor | None) -> Te
             seqlens_k=None if case.seqlens_k is None else list(case.seqlens_k),
             key_padding_mask=padding_mask,
         )
-        return visible & bias if bias is not None and bias.dtype == torch.bool else visible
+        if bias is None:
+            return visible
+        return visible & (bias if bias.dtype == torch.bool else bias != -INF)
     visible = torch.zeros(case.batch, 1, case.seqlen_q, case.seqlen_k, dtype=torch.bool)
     for b, (rows, keys) in enumerate(case.sequences):
         visible[b, :, :rows, :keys] = visible_pairs(1, rows, keys, causal=case.causal, window_size=case.window_size)[0]

@@ -102,10 +102,7 @@ class Backward : BackwardScratch<E> {
         const int64_t plane = p.num_heads * p.total_q;
         for (int lane = 0; lane < kRows; ++lane) {
             row_max[lane] = row_inverse[lane] = delta[lane] = 0.0f;
-            if (lane >= tile.rows) {
-                row_max[lane] = kInfinity;  // lanes past the rows have the last row's bias: their weight must be 0
-                continue;
-            }
+            if (lane >= tile.rows) continue;
             const int64_t at = p.lse_index(tile.s.index, tile.head[lane], tile.s.first_query, tile.position[lane]);
             if (!tile.sees_nothing(lane)) {
                 row_max[lane] = p.stats[at];
@@ -202,7 +199,8 @@ class Backward : BackwardScratch<E> {
         for (int64_t j = 0; j < k1 - k0; ++j) {
             float* s = scores + j * kRows + v * kLanes;
             float* ds = dscores + j * kRows + v * kLanes;
-            // Forward may have left the maximum 8 too low, and a sum in another order moves scores of 1e10 by hundreds.
+            // Forward may have left the maximum 8 too low. Beyond that, a sum in another order moves scores of 1e10 by
+            // hundreds, and lanes past the rows have a bias without a maximum: no infinity may meet their inverse of 0.
             const F exponent = minimum(set1(16.0f), (load(s) - top) * factor);
             F probability = exp2<E::kExpDegree>(exponent) * inverse;
             if (hides) probability = select(load(s) == -kInfinity, zero(), probability);  // though inverse be NaN

@@ -254,6 +254,9 @@ def _decode() -> list[Case]:
         decode_alibi=dict(grouped, seqlen_q=2, seqlen_k=500, alibi="heads"),
         decode_padding_left=dict(grouped, batch=3, seqlen_q=1, seqlen_k=500, padding="left"),
         decode_bias=dict(grouped, seqlen_q=1, seqlen_k=500, bias="float", bias_form="1hqk"),
+        decode_mask_heads=dict(
+            batch=3, num_heads=4, num_kv_heads=2, seqlen_q=1, seqlen_k=20, bias="bool", bias_form="bhqk", core=True
+        ),
         decode_growing_maximum=dict(grouped, seqlen_q=1, seqlen_k=1100, key_growth=8.0),
         decode_mqa_layout=dict(batch=2, num_heads=8, num_kv_heads=1, seqlen_q=1, seqlen_k=400, layout="heads_last"),
     )

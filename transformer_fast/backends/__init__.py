@@ -12,11 +12,15 @@ from ..spec import AttentionSpec, UnsupportedError
 from .base import Backend, Gradients, Info, Results, Runner
 from .cpu import CpuBackend
 from .reference import ReferenceBackend
+from .triton import TritonBackend
 
 __all__ = ["Backend", "Gradients", "Info", "REGISTRY", "Results", "Runner", "reasons", "select_backend"]
 
-#: In the order in which "auto" asks them.
-REGISTRY: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), ReferenceBackend())}
+#: In the order in which "auto" asks them. The reference can do everything, so what stands behind it has to be named:
+#: the Triton kernels have not run on a GPU yet.
+REGISTRY: dict[str, Backend] = {
+    backend.name: backend for backend in (CpuBackend(), ReferenceBackend(), TritonBackend())
+}
 
 
 def reasons(spec: AttentionSpec) -> dict[str, str | None]:

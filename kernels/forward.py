@@ -150,12 +150,11 @@ def attention_forward_kernel(
     has_full = full < partial
     full, partial = tl.where(has_full, full, first), tl.where(has_full, partial, first)
     for part in tl.static_range(3):
-        MASKED: tl.constexpr = part != 1
         part_begin = first if part == 0 else (full if part == 1 else partial)
         part_end = full if part == 0 else (partial if part == 1 else stop)
         for n in range(part_begin, part_end, BLOCK_N):
             keys = n + tl.arange(0, BLOCK_N)
-            in_block = keys < stop if MASKED else keys < end
+            in_block = keys < stop
             k = tl.load(
                 k_at + columns[:, None] + keys.to(tl.int64)[None, :] * key_row,
                 mask=(columns < HEAD_DIM)[:, None] & in_block[None, :], other=0.0,
@@ -164,7 +163,7 @@ def attention_forward_kernel(
                 q, k, batch, heads, positions, keys, in_tile, start, end, offset, left, right, softmax_scale, softcap,
                 alibi_slopes, alibi_batch, alibi_head, bias, bias_batch, bias_head, bias_row, bias_key, key_mask,
                 key_mask_batch, key_mask_key, seqlen_k,
-                MASKED, MODIFIED, HAS_SOFTCAP, HAS_ALIBI, BIAS, HAS_KEY_MASK, PRECISION,
+                part != 1, MODIFIED, HAS_SOFTCAP, HAS_ALIBI, BIAS, HAS_KEY_MASK, PRECISION,
             )  # fmt: skip
             fresh = tl.maximum(top, tl.max(s, 1))
             limit = tl.where(fresh == float("-inf"), 0.0, fresh)
@@ -177,7 +176,7 @@ def attention_forward_kernel(
                 v_at + keys.to(tl.int64)[:, None] * value_row + columns_v[None, :],
                 mask=in_block[:, None] & (columns_v < HEAD_DIM_V)[None, :], other=0.0,
             )  # fmt: skip
-            if MASKED or HAS_KEY_MASK or BIAS != "none":
+            if part != 1 or HAS_KEY_MASK or BIAS != "none":
                 # NaN and Inf of a key that no row of the tile sees: 0 times them is NaN.
                 v = tl.where((tl.max(p, 0) > 0.0)[:, None], v, 0.0).to(v.dtype)
             if HAS_DROPOUT:

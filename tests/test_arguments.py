@@ -498,7 +498,7 @@ def test_backends_says_what_this_machine_has() -> None:
     for name, info in found.items():
         assert info.name == name
         assert info.available == (info.reason is None)
-        assert info.available == (info.version is not None)
+        assert info.version is not None or not info.available  # what is installed but cannot run has a version too
     assert found["reference"].available
     assert found["reference"].version == torch.__version__
     assert found["cpu"].version == transformer_fast.__version__

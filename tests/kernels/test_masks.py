@@ -31,7 +31,6 @@ with pytest.MonkeyPatch.context() as patch:
 
     import triton
     import triton.language as tl
-
     from transformer_fast.kernels.masks import tile_range, visible
 
     @triton.jit

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from transformer_fast import UnsupportedError, attention, attention_varlen, backends, explain
+from transformer_fast import UnsupportedError, attention, attention_varlen, explain
+from transformer_fast.backends import REGISTRY, Info
 from transformer_fast.testing import Case, Target, available_targets, check
 
 CPU_TARGETS = [t for t in available_targets() if t.backend == "cpu"]
@@ -24,14 +25,23 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], i
 # ------------------------------------------------------------------------------------------------- saved tensors
 
 
-@pytest.mark.parametrize("pack", [lambda t: t.contiguous().clone(), lambda t: t.double()], ids=["order", "type"])
-def test_saved_tensors_may_come_back_in_another_order(pack: Callable[[Tensor], Tensor]) -> None:
+def _another_order(t: Tensor) -> Tensor:
+    return t.contiguous().clone()
+
+
+def _another_type(t: Tensor) -> Tensor:
+    """Of lse and statistics, which alone end in 33, and in another order too."""
+    return t.double().transpose(-1, -2).contiguous().transpose(-1, -2) if t.shape[-1] == 33 else t
+
+
+@pytest.mark.parametrize("pack", [_another_order, _another_type])
+def test_saved_tensors_may_come_back_in_another_form(pack: Callable[[Tensor], Tensor]) -> None:
     """Hooks that offload or compress return copies; backward had read them with the strides that forward saw."""
     x = torch.randn(2, 33, 3, 4, 16, requires_grad=True)  # (batch, seqlen, qkv, heads, head_dim)
     query, key, value = (x[:, :, i].transpose(1, 2) for i in range(3))
     dout = torch.randn(2, 4, 33, 16)
     (wanted,) = torch.autograd.grad(attention(query, key, value), x, dout)
-    with saved_tensors_hooks(pack, lambda t: t if t.dtype != torch.float64 else t.float()):
+    with saved_tensors_hooks(pack, lambda t: t):
         out = attention(query, key, value)
     (got,) = torch.autograd.grad(out, x, dout)
     assert torch.equal(got, wanted)
@@ -76,20 +86,37 @@ def test_huge_scores_of_decoding_have_finite_gradients(target: Target) -> None:
     assert dquery.isfinite().all()
 
 
+@each_cpu_target
+@pytest.mark.parametrize("rows", [33, 64])
+def test_an_infinite_key_spoils_no_other_keys_gradient(target: Target, rows: int) -> None:
+    """Lanes past a tile's rows had 0 times infinity as their score, and put NaN into every dK and dV."""
+    query, value = torch.rand(1, 1, rows, 8) + 0.1, torch.randn(1, 1, 20, 8, requires_grad=True)
+    key = torch.randn(1, 1, 20, 8)
+    key[0, 0, 3] = float("-inf")  # a score of -inf for every row: weight 0
+    key.requires_grad_()
+    with target.forced():
+        grads = torch.autograd.grad(attention(query, key, value, backend="cpu").sum(), [key, value])
+    assert all(g.isfinite().all() for g in grads)
+
+
 def test_heads_of_a_group_share_a_row_of_dbias_in_every_run() -> None:
     """Runs of packed rows were cut inside a group, and two threads then added into one row of a broadcast bias.
 
     It showed in one of a hundred runs, so there are many.
     """
-    torch.set_num_threads(2)
     query, key = torch.randn(1, 3, 256, 64), torch.randn(1, 1, 256, 64)
     bias, dout = torch.randn(256, 256, requires_grad=True), torch.randn(1, 3, 256, 64)
 
     def gradient() -> Tensor:
         return torch.autograd.grad(attention(query, key, key, bias=bias, deterministic=True), bias, dout)[0]
 
-    first = gradient()
-    assert all(torch.equal(first, gradient()) for _ in range(600))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first = gradient()
+        assert all(torch.equal(first, gradient()) for _ in range(600))
+    finally:
+        torch.set_num_threads(before)
 
 
 MEMORY = """
@@ -222,16 +249,49 @@ def test_an_empty_packed_batch_stays_attached() -> None:
     assert out.requires_grad and out.shape == x.shape
 
 
+WRONG_ISA = """
+import torch, transformer_fast as tf
+x = torch.randn(1, 2, 8, 4)
+print(tf.backends()["cpu"].reason, tf.attention(x, x, x, backend="reference").shape)
+for backend in ("auto", "cpu"):
+    try:
+        tf.attention(x, x, x, backend=backend)
+    except ValueError as error:
+        print(backend, error)
+"""
+
+
 def test_a_wrong_instruction_set_leaves_the_other_back_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With TRANSFORMER_FAST_CPU_ISA misspelt, not even the reference could be asked."""
-    program = (
-        "import torch, transformer_fast as tf; x = torch.randn(1, 2, 8, 4); "
-        "print(tf.backends()['cpu'].reason, tf.attention(x, x, x, backend='reference').shape)"
-    )
+    """With it misspelt, not even the reference could be asked. "auto" must still not pass over it."""
     monkeypatch.setenv("TRANSFORMER_FAST_CPU_ISA", "avx1024")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "avx1024" in done.stdout and "allowed on this machine" in done.stdout
-    assert backends()["cpu"].available
+    done = subprocess.run([sys.executable, "-c", WRONG_ISA], capture_output=True, text=True, check=True)
+    reference, auto, cpu = done.stdout.splitlines()
+    assert "torch.Size" in reference and auto.startswith("auto") and cpu.startswith("cpu")
+    assert all("avx1024" in line and "allowed on this machine" in line for line in (reference, auto, cpu))
+
+
+@pytest.mark.parametrize("command", [("verify", "--quick"), ("bench", "--quick", "small_16"), ("demo", "--quick")])
+def test_no_command_passes_over_a_wrong_instruction_set(
+    command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """They ran the reference, showed its times as ours, and ended well."""
+    monkeypatch.setenv("TRANSFORMER_FAST_CPU_ISA", "avx1024")
+    done = subprocess.run(
+        [sys.executable, "-m", "transformer_fast.cli", *command, "--output", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and "avx1024" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_missing_cpu_back_end_is_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice fell on the reference, hundreds of times slower, without a word."""
+    cpu = REGISTRY["cpu"]
+    monkeypatch.setattr(cpu, "info", lambda: Info("cpu", False, "it was not built", None))
+    x = torch.randn(1, 2, 7, 5)
+    with pytest.warns(RuntimeWarning, match="slow road: the cpu back end is not available \\(it was not built\\)"):
+        attention(x, x, x)
 
 
 @pytest.mark.parametrize("command", ["verify", "bench", "demo"])

@@ -45,12 +45,27 @@ def _safetensors() -> ModuleType:
     return module
 
 
+def _safetensors_error() -> type[Exception]:
+    from safetensors import SafetensorError
+
+    return SafetensorError
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The folder's ``config.json``."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}: it is not the folder of a checkpoint")
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return _read_json(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds a {type(values).__name__}; allowed: a JSON object")
     return values
 
 
@@ -58,7 +73,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors file of a folder, or its shards."""
     index = folder / INDEX_FILE
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
         files = [folder / name for name in names]
     else:
         files = [folder / WEIGHTS_FILE]
@@ -76,7 +91,10 @@ def read_tensors(folder: Path, *, skip: Iterable[str] = ()) -> dict[str, Tensor]
     patterns = [re.compile(pattern) for pattern in skip]
     tensors: dict[str, Tensor] = {}
     for file in weight_files(folder):
-        tensors.update(_safetensors().load_file(file))
+        try:
+            tensors.update(_safetensors().load_file(file))
+        except _safetensors_error() as error:
+            raise CheckpointError(f"{file} is not a safetensors file: {error}") from error
     return {name: t for name, t in tensors.items() if not any(p.fullmatch(name) for p in patterns)}
 
 

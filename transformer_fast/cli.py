@@ -123,9 +123,19 @@ def verify(
         with _usage_errors():
             report = run_verify(backends=backend, dtypes=dtype, quick=quick, seed=seed, progress=advance)
     _print_verify(report)
+    _print_unavailable()
     _, html_path = report.write(output)
     console.print(f"Report: {html_path}", soft_wrap=True, highlight=False)
     raise typer.Exit(0 if report.passed else 1)
+
+
+def _print_unavailable() -> None:
+    """What was not checked, so that a missing back end is not taken for a right one."""
+    from transformer_fast import backends
+
+    for name, info in backends().items():  # type: ignore[operator]  # a module that can be called
+        if not info.available:
+            console.print(f"[yellow]not checked:[/] {name}: {escape(info.reason or '')}", highlight=False)
 
 
 def _print_verify(report: Report) -> None:
@@ -199,6 +209,7 @@ def bench(
 
         try:
             with _usage_errors():
+                _require_cpu_backend()
                 rows = run_cases(
                     cases or None,
                     dtypes=dtype or ["float32", "bfloat16"],
@@ -282,6 +293,8 @@ def demo(
     try:
         from transformer_fast.demo import run
 
+        with _usage_errors():
+            _require_cpu_backend()
         run(output, quick=quick, console=console)
     except ImportError as error:
         _fail(f"the demo needs more than is installed ({error}); try: pip install 'transformer-fast[demo]'", status=2)
@@ -312,6 +325,15 @@ def _usage_errors() -> Iterator[None]:
 def _fail(message: str, *, status: int) -> NoReturn:
     errors.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
     raise typer.Exit(status)
+
+
+def _require_cpu_backend() -> None:
+    """Timings of the reference must not be shown as ours."""
+    from transformer_fast import backends
+
+    info = backends()["cpu"]  # type: ignore[operator]  # a module that can be called
+    if not info.available:
+        raise ValueError(f"the cpu back end is not available: {info.reason}")
 
 
 def _make_directory(path: Path) -> None:

@@ -194,16 +194,18 @@ class Backward : BackwardScratch<E> {
         const float factor = p.score_log2();
         const F top = load(row_max + v * kLanes), inverse = load(row_inverse + v * kLanes);
         const F shift = load(delta + v * kLanes);
+        const I idle = inverse == 0.0f;  // past the tile's rows, or without a key: 0 times what such a lane has is NaN
+        hides |= any(idle);
         alignas(64) float cache[4 * kLanes];
         int64_t cached = -1;
         for (int64_t j = 0; j < k1 - k0; ++j) {
             float* s = scores + j * kRows + v * kLanes;
             float* ds = dscores + j * kRows + v * kLanes;
-            // Forward may have left the maximum 8 too low. Beyond that, a sum in another order moves scores of 1e10 by
-            // hundreds, and lanes past the rows have a bias without a maximum: no infinity may meet their inverse of 0.
+            // Forward may have left the maximum 8 too low, and a sum in another order moves scores of 1e10 by hundreds.
             const F exponent = minimum(set1(16.0f), (load(s) - top) * factor);
             F probability = exp2<E::kExpDegree>(exponent) * inverse;
-            if (hides) probability = select(load(s) == -kInfinity, zero(), probability);  // though inverse be NaN
+            if (hides)
+                probability = select(idle | (load(s) == -kInfinity), zero(), probability);  // though inverse be NaN
             F gradient = load(ds), kept = probability;
             if (p.dropout_p > 0.0) {
                 const F factor = tile.dropout_factor(v, k0 + j, cache, cached);

@@ -32,7 +32,6 @@ typedef I IUnaligned __attribute__((aligned(4), may_alias));
 typedef H HUnaligned __attribute__((aligned(2), may_alias));
 
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = __builtin_inff();
 
 TF_INLINE F load(const float* p) { return *reinterpret_cast<const FUnaligned*>(p); }

@@ -141,3 +141,39 @@ def test_a_trained_decoder_comes_back(decoder, tmp_path):
     assert again.config == decoder.config
     ids = torch.randint(50, (2, 9))
     assert torch.equal(again(ids), decoder(ids))
+
+
+BROKEN = {
+    "config is no JSON": (lambda d: (d / "config.json").write_text("{"), r"config\.json is not JSON"),
+    "config is a list": (lambda d: (d / "config.json").write_text("[]"), r"config\.json holds a list"),
+    "config lacks a size": (
+        lambda d: (d / "config.json").write_text(
+            json.dumps({k: v for k, v in BERT_CONFIG.items() if k != "hidden_size"})
+        ),
+        r"config\.json is not complete: 'hidden_size'",
+    ),
+    "weights are cut off": (
+        lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:40]),
+        r"model\.safetensors is not a safetensors file",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_file_is_named(bert_folder, case):
+    """Such errors came without the file's name, in the words of whatever library met them first."""
+    spoil, message = BROKEN[case]
+    spoil(bert_folder)
+    with pytest.raises(checkpoints.CheckpointError, match=message):
+        models.from_pretrained(bert_folder)
+
+
+def test_only_what_can_be_read_back_is_written(bert_folder, tmp_path):
+    """An encoder was written as if it were a language model."""
+    with pytest.raises(TypeError, match="model is of type Encoder; allowed: CausalLM"):
+        models.save_pretrained(models.from_pretrained(bert_folder), tmp_path / "other")
+
+
+def test_a_back_end_that_does_not_exist_is_told_at_once(bert_folder):
+    with pytest.raises(ValueError, match="backend is 'foo'"):
+        models.from_pretrained(bert_folder, backend="foo")

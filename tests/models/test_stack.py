@@ -178,3 +178,15 @@ def test_other_complaints(encoder_config):
         CausalLM(encoder_config)
     with pytest.raises(ValueError, match="max_positions=32"):
         Encoder(encoder_config)(torch.zeros(1, 33, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "token_type_ids"])
+@pytest.mark.parametrize("shape", [(2, 5), (1, 6), (2, 7)], ids=str)
+def test_a_grid_of_another_shape_is_refused(name: str, shape: tuple[int, int]) -> None:
+    """A shorter mask mixed the tokens of two sequences, without a word."""
+    config = ModelConfig(
+        vocab_size=20, hidden_size=8, num_layers=1, num_heads=2, intermediate_size=8, max_positions=9, token_types=2
+    )
+    encoder = Encoder(config)
+    with pytest.raises(ValueError, match=rf"{name} has shape .*; allowed: \(2, 6\), as input_ids"):
+        encoder(torch.zeros(2, 6, dtype=torch.int64), **{name: torch.ones(shape, dtype=torch.int64)})

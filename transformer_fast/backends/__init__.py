@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import types
+import warnings
 
 from ..spec import AttentionSpec, UnsupportedError
 from .base import Backend, Gradients, Info, Results, Runner
@@ -35,15 +36,25 @@ def reasons(spec: AttentionSpec) -> dict[str, str | None]:
 def select_backend(spec: AttentionSpec) -> Backend:
     """The back end the spec names, or for "auto" the first that can do it.
 
+    Where "auto" comes to the reference on CPU tensors because the CPU back end is missing, it warns: that is slow.
+
     Raises:
         UnsupportedError: a back end asked for by name cannot do the problem.
+        ValueError: an environment variable asks a back end for what this machine does not have.
     """
     asked, answers = spec.options.backend, reasons(spec)
-    if asked != "auto":
-        if answers[asked] is not None:
-            raise UnsupportedError(f"backend {asked!r} cannot do this: {answers[asked]}")
-        return REGISTRY[asked]
-    return next(REGISTRY[name] for name, reason in answers.items() if reason is None)
+    for name in [asked] if asked != "auto" else answers:
+        if answers[name] is None:
+            return REGISTRY[name]
+        info = REGISTRY[name].info()
+        if info.is_error:
+            raise ValueError(info.reason)
+        if asked != "auto":
+            raise UnsupportedError(f"backend {asked!r} cannot do this: {answers[name]}")
+        if not info.available and spec.device.type == "cpu":
+            message = f"attention takes a slow road: the {name} back end is not available ({info.reason})"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+    raise AssertionError("the reference can do everything")
 
 
 def backends() -> dict[str, Info]:

@@ -13,13 +13,17 @@ from ..spec import AttentionSpec, Operands
 
 @dataclass(frozen=True)
 class Info:
-    """What a machine has of one back end; ``reason`` says why it is not available."""
+    """What a machine has of one back end; ``reason`` says why it is not available.
+
+    ``is_error``: it is not available because somebody asked for what cannot be; no call may pass over that.
+    """
 
     name: str
     available: bool
     reason: str | None
     version: str | None
     details: dict[str, Any] = field(default_factory=dict)
+    is_error: bool = False
 
 
 class Results(NamedTuple):

@@ -190,7 +190,7 @@ class CpuBackend(Backend):
         try:
             details = {"isa": _C_cpu.current_isa(), "isas": _C_cpu.available_isas()}
         except ValueError as error:  # TRANSFORMER_FAST_CPU_ISA names none that this machine has
-            return Info(self.name, False, str(error), __version__)
+            return Info(self.name, False, str(error), __version__, is_error=True)
         return Info(self.name, True, None, __version__, details)
 
     def supports(self, spec: AttentionSpec) -> str | None:

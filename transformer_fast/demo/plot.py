@@ -44,7 +44,7 @@ def _draw_losses(axes: Axes, decoder: DecoderResults) -> None:
     axes.set_xlabel("training step")
     axes.set_ylabel("loss, nats a byte")
     axes.set_ylim(bottom=0)
-    axes.set_title(f"A byte-level decoder learns English in {training.wall_seconds:.0f} s", loc="left", fontsize=11)
+    axes.set_title(f"A byte-level decoder, trained for {training.wall_seconds:.0f} s", loc="left", fontsize=11)
     axes.legend(frameon=False)
 
 

@@ -38,8 +38,10 @@ def generate(
     Returns:
         ``(batch, max_new_tokens)`` int64, the new tokens only.
     """
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise ValueError(f"input_ids must be (batch, seqlen) with at least one token, not {tuple(input_ids.shape)}")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; allowed: at least 0")
     if attention_mask is not None and not bool(attention_mask.bool().any(1).all()):
         raise ValueError("attention_mask leaves a prompt without any token")
     step = _cached_step(model, input_ids, max_new_tokens) if use_cache else _recomputing_step(model)

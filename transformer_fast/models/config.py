@@ -54,6 +54,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Fill in what follows from other fields, and refuse what cannot be built."""
+        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions")
+        for name in (*sizes, "sliding_window_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.num_kv_heads == 0:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         if self.head_dim == 0:

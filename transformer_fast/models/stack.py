@@ -57,6 +57,15 @@ class Block(nn.Module):
         return self.mlp_norm(x + self.mlp(x))
 
 
+def _check_grids(input_ids: Tensor, **grids: Tensor | None) -> None:
+    """Ids are ``(batch, seqlen)``, and what goes with them has their shape: else rows would mix between sequences."""
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; allowed: (batch, seqlen)")
+    for name, grid in grids.items():
+        if grid is not None and grid.shape != input_ids.shape:
+            raise ValueError(f"{name} has shape {tuple(grid.shape)}; allowed: {tuple(input_ids.shape)}, as input_ids")
+
+
 class Stack(nn.Module):
     """Embeddings, blocks, and the final norm that a pre-norm stack needs. Rows in, rows out."""
 
@@ -106,6 +115,7 @@ class Encoder(Stack):
         self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None, *, packed: bool
     ) -> tuple[Tensor, TokenLayout]:
         """As :meth:`forward`, but leaves the hidden states as rows ``(tokens, d)`` with their layout, for heads."""
+        _check_grids(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
         batch, seqlen = input_ids.shape
         if attention_mask is None:
             layout = TokenLayout.dense(batch, seqlen, device=input_ids.device)
@@ -146,6 +156,7 @@ class Decoder(Stack):
                 positions are counted over the real tokens.
             cache: continues each sequence after the tokens that the cache holds, and takes the new ones in.
         """
+        _check_grids(input_ids, attention_mask=attention_mask)
         batch, seqlen = input_ids.shape
         if attention_mask is not None:
             layout = TokenLayout.from_mask(attention_mask, count_from="token")

@@ -76,6 +76,8 @@ def available_targets(names: list[str] | None = None) -> list[Target]:
     targets, unavailable = [], {}
     for name, info in backends().items():  # type: ignore[operator]  # a module that can be called
         if not info.available:
+            if info.is_error:
+                raise ValueError(info.reason)
             unavailable[name] = info.reason
             continue
         isas = info.details.get("isas")

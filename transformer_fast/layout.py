@@ -26,3 +26,13 @@ def output_layout(shape: Sequence[int], stride: Sequence[int], head_dim_v: int) 
 def new_output(query: Tensor, head_dim_v: int) -> Tensor:
     """An uninitialised output for this query."""
     return query.new_empty_strided(*output_layout(query.shape, query.stride(), head_dim_v))
+
+
+def row_strides(stride: Sequence[int], packed: bool) -> tuple[int, int, int]:
+    """(batch, head, row) strides of a padded (b, h, s, d) or a packed (s, h, d) operand."""
+    return (0, stride[1], stride[0]) if packed else (stride[0], stride[1], stride[2])
+
+
+def broadcast_strides(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
+    """Strides with 0 where a dimension of one element broadcasts."""
+    return tuple(0 if n == 1 else s for n, s in zip(shape, stride, strict=True))

@@ -93,6 +93,11 @@ class AttentionSpec:
         """Query heads that share one KV head."""
         return self.num_heads // self.num_kv_heads
 
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """Of one number a row: (batch, num_heads, seqlen_q), or packed (num_heads, total_q)."""
+        return (self.num_heads, self.total_q) if self.is_packed else (self.batch, self.num_heads, self.seqlen_q)
+
     def layout(self, name: str) -> Layout | None:
         """The layout of an operand by name, None where it was not given."""
         return self.layouts[Operands._fields.index(name)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .. import masks
 from .._version import __version__
-from ..layout import output_layout
-from ..spec import AttentionSpec, Layout, Operands
+from ..layout import broadcast_strides, output_layout, row_strides
+from ..spec import AttentionSpec, Operands
 from .base import Backend, Gradients, Info, Results, Runner
 
 _C_cpu: Any = None
@@ -48,13 +48,6 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _broadcast_strides(layout: Layout | None) -> tuple[int, ...]:
-    """Strides with 0 where a dimension of one element broadcasts."""
-    if layout is None:
-        return (0, 0, 0, 0)
-    return tuple(0 if n == 1 else s for n, s in zip(layout.shape, layout.stride, strict=True))
-
-
 def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     strides, step = [], 1
     for n in reversed(shape):
@@ -69,9 +62,7 @@ class CpuRunner(Runner):
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__(spec)
         self.packed = spec.is_packed
-        self.lse_shape = (
-            (spec.num_heads, spec.total_q) if spec.is_packed else (spec.batch, spec.num_heads, spec.seqlen_q)
-        )
+        self.lse_shape = spec.lse_shape
         query = spec.layout("query")
         assert query is not None
         self.out_shape, self.out_stride = output_layout(query.shape, query.stride, spec.head_dim_v)
@@ -107,23 +98,19 @@ class CpuRunner(Runner):
             "dropout_p": options.dropout_p,
             "left": left,
             "right": right,
-            "query": self._rows(query.stride),
-            "key": self._rows(key.stride),
-            "value": self._rows(value.stride),
-            "out": self._rows(self.out_stride),
+            "query": row_strides(query.stride, self.packed),
+            "key": row_strides(key.stride, self.packed),
+            "value": row_strides(value.stride, self.packed),
+            "out": row_strides(self.out_stride, self.packed),
             "seqlens_k_stride": 1 if seqlens_k is None else seqlens_k.stride[0],
             "key_mask": (0, 0) if key_mask is None else tuple(key_mask.stride),
             "bias_dtype": 0 if bias is None else _DTYPES[bias.dtype],
-            "bias": _broadcast_strides(bias),
+            "bias": (0, 0, 0, 0) if bias is None else broadcast_strides(bias.shape, bias.stride),
             "dbias": (0, 0, 0, 0) if bias is None else _contiguous_strides(tuple(bias.shape)),
             "alibi": (0, 0) if slopes is None else (0, *slopes.stride)[-2:],
             "sinks_dtype": 0 if sinks is None else _DTYPES[sinks.dtype],
             "sinks_stride": 1 if sinks is None else sinks.stride[0],
         }
-
-    def _rows(self, stride: Sequence[int]) -> tuple[int, int, int]:
-        """(batch, head, row) strides of a padded (b, h, s, d) or a packed (s, h, d) operand."""
-        return (0, stride[1], stride[0]) if self.packed else (stride[0], stride[1], stride[2])
 
     def _pointers(self, operands: Operands) -> tuple[int, ...]:
         *tensors, seed = operands
@@ -165,7 +152,7 @@ class CpuRunner(Runner):
             *map(_pointer, (out, lse, stats)),
             torch.get_num_threads(),
             *map(_pointer, (dout, dquery, dkey, dvalue, dlse, delta, bias_grad)),
-            *(self._rows(t.stride()) for t in (dout, dquery, dkey, dvalue)),
+            *(row_strides(t.stride(), self.packed) for t in (dout, dquery, dkey, dvalue)),
         )
         sink_grad = None
         if dsinks and sinks is not None:

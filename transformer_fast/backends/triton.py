@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import output_layout
+from ..layout import broadcast_strides, output_layout, row_strides
 from ..spec import AttentionSpec, Layout, Operands
 from .base import Backend, Gradients, Info, Results, Runner
 from .reference import ReferenceRunner
@@ -41,7 +41,7 @@ def _strides(layout: Layout | None, count: int) -> tuple[int, ...]:
     """Strides with 0 where a dimension of one element broadcasts; zeros for an operand that is not there."""
     if layout is None:
         return (0,) * count
-    return tuple(0 if n == 1 else s for n, s in zip(layout.shape, layout.stride, strict=True))
+    return broadcast_strides(layout.shape, layout.stride)
 
 
 class TritonRunner(Runner):
@@ -55,7 +55,7 @@ class TritonRunner(Runner):
         assert query is not None
         self.out_shape, self.out_stride = output_layout(query.shape, query.stride, spec.head_dim_v)
         packed = spec.is_packed
-        self.lse_shape = (spec.num_heads, spec.total_q) if packed else (spec.batch, spec.num_heads, spec.seqlen_q)
+        self.lse_shape = spec.lse_shape
         options, bias = spec.options, spec.layout("bias")
         sinks, seqlens_k = spec.layout("sinks"), spec.layout("seqlens_k")
         rows = spec.seqlen_q * spec.group_size
@@ -70,10 +70,10 @@ class TritonRunner(Runner):
             or sinks is not None
             or spec.softmax_scale < 1e-30
         )
-        operands = [self._rows(spec.layout(name)) for name in ("query", "key", "value")]
+        operands = [row_strides(o.stride, packed) for o in spec.layouts[:3] if o is not None]
         self.numbers: tuple[Any, ...] = (
             *(stride for strides in operands for stride in strides),
-            *self._rows(Layout(spec.dtype, spec.device, torch.Size(self.out_shape), self.out_stride)),
+            *row_strides(self.out_stride, packed),
             1 if seqlens_k is None else seqlens_k.stride[0],
             *_strides(spec.layout("key_padding_mask"), 2),
             *_strides(bias, 4),
@@ -108,12 +108,6 @@ class TritonRunner(Runner):
             MODIFIED=modified,
             PRECISION="ieee",
         )
-
-    def _rows(self, layout: Layout | None) -> tuple[int, int, int]:
-        """(batch, head, row) strides of a padded (b, h, s, d) or a packed (s, h, d) operand."""
-        assert layout is not None
-        stride = layout.stride
-        return (0, stride[1], stride[0]) if self.spec.is_packed else (stride[0], stride[1], stride[2])
 
     def forward(self, operands: Operands, *, need_lse: bool, need_stats: bool) -> Results:
         from ..kernels.forward import attention_forward_kernel

@@ -15,6 +15,7 @@ from .._version import __version__
 from ..layout import broadcast_strides, output_layout, row_strides
 from ..spec import AttentionSpec, Operands
 from .base import Backend, Gradients, Info, Results, Runner
+from .gradients import as_saved, sinks_gradient, with_contiguous_columns
 
 _C_cpu: Any = None
 _WHY_NOT: str | None = None
@@ -113,7 +114,7 @@ class CpuRunner(Runner):
         }
 
     def _pointers(self, operands: Operands) -> tuple[int, ...]:
-        *tensors, seed = operands
+        *tensors, seed, _ = operands
         pointers = [0 if t is None else t.data_ptr() for t in tensors]
         return (*pointers, 0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF)
 
@@ -134,15 +135,8 @@ class CpuRunner(Runner):
         self, operands: Operands, results: Results, dout: Tensor, dlse: Tensor | None, *, dbias: bool, dsinks: bool
     ) -> Gradients:
         query, bias, sinks = operands.query, operands.bias, operands.sinks
-        out, lse, stats = results
-        assert lse is not None and stats is not None
-        # What forward left may come back in another order or type: saved-tensor hooks compress and move it.
-        if out.stride() != self.out_stride or out.dtype != self.spec.dtype:
-            out = torch.empty_strided(self.out_shape, self.out_stride, dtype=self.spec.dtype, device=_CPU).copy_(out)
-        lse, stats = (t.to(torch.float32).contiguous() for t in (lse, stats))
-        dout = dout.to(self.spec.dtype)
-        if dout.stride(-1) != 1 and dout.shape[-1] > 1:  # a gradient that was expanded, from out.sum() for one
-            dout = dout.contiguous()
+        out, lse, stats = as_saved(results, self.out_stride, self.spec.dtype)
+        dout = with_contiguous_columns(dout.to(self.spec.dtype))
         dlse = None if dlse is None else dlse.to(torch.float32).contiguous()
         delta = torch.empty_like(lse)
         dquery, dkey, dvalue = (torch.empty_like(t) for t in operands[:3])
@@ -156,11 +150,7 @@ class CpuRunner(Runner):
         )
         sink_grad = None
         if dsinks and sinks is not None:
-            # The sink is a key with value 0: d(loss)/d(sink) = -p_sink * delta, and delta carries -dlse already.
-            head_dim = 0 if self.packed else 1
-            heads = sinks.to(torch.float32).view(-1, *[1] * (lse.dim() - head_dim - 1))
-            share = torch.where(lse == float("-inf"), 0.0, torch.exp(heads - lse))
-            sink_grad = -(share * delta).transpose(0, head_dim).flatten(1).sum(1).to(sinks.dtype)
+            sink_grad = sinks_gradient(sinks, lse, delta, packed=self.packed)
         return Gradients(
             dquery, dkey, dvalue, None if bias is None or bias_grad is None else bias_grad.to(bias.dtype), sink_grad
         )
@@ -185,6 +175,8 @@ class CpuBackend(Backend):
             return f"the tensors are on {spec.device}, this back end computes on cpu"
         if spec.dtype not in _DTYPES:
             return f"dtype {str(spec.dtype).removeprefix('torch.')}; it computes float32, bfloat16 and float16"
+        if spec.is_paged:
+            return "a paged cache; not yet"
         return None
 
     def path(self, spec: AttentionSpec) -> str:

@@ -5,19 +5,26 @@ Forward only so far; gradients are the reference's. Nothing here has run on a GP
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..layout import broadcast_strides, output_layout, row_strides
-from ..spec import AttentionSpec, Layout, Operands
+from ..layout import output_layout
+from ..spec import AttentionSpec, Operands
 from .base import Backend, Gradients, Info, Results, Runner
-from .reference import ReferenceRunner
+from .gradients import as_saved, sinks_gradient, with_contiguous_columns
+
+if TYPE_CHECKING:
+    from ..kernels.configs import Machine
+    from .triton_launch import Launch
+    from .triton_repeat import Repeat, Tensors
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM = 512
@@ -33,120 +40,123 @@ def _is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _power_of_2(n: int, least: int) -> int:
-    return max(least, 1 << (n - 1).bit_length())
+@cache
+def _machine(device: torch.device) -> Machine:
+    """What the table of configurations is chosen by.
+
+    The interpreter plays a machine with tensor descriptors, or one without where TRANSFORMER_FAST_TRITON_CAPABILITY
+    says 80.
+    """
+    from ..kernels.configs import Machine
+
+    if device.type != "cuda":
+        capability = int(os.environ.get("TRANSFORMER_FAST_TRITON_CAPABILITY", "90"))
+        return Machine(capability, num_sms=4, l2_bytes=1 << 20, is_interpreted=True)
+    found = torch.cuda.get_device_properties(device)
+    return Machine(found.major * 10 + found.minor, found.multi_processor_count, found.L2_cache_size)
 
 
-def _strides(layout: Layout | None, count: int) -> tuple[int, ...]:
-    """Strides with 0 where a dimension of one element broadcasts; zeros for an operand that is not there."""
-    if layout is None:
-        return (0,) * count
-    return broadcast_strides(layout.shape, layout.stride)
+def _precision(dtype: torch.dtype) -> str:
+    """Products of float32 are IEEE's, or TF32's where PyTorch was told so (torch.set_float32_matmul_precision)."""
+    return "ieee" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+@cache
+def _set_allocator() -> None:
+    """Kernels write tensor descriptors into global memory; Triton asks the framework for it, in stream order."""
+    import triton
+
+    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device="cuda" if torch.cuda.is_available() else "cpu")
+
+    triton.set_allocator(allocate)
+
+
+def _as_bytes(tensor: Tensor | None) -> Tensor | None:
+    """Triton reads booleans as bytes."""
+    return tensor.view(torch.uint8) if tensor is not None and tensor.dtype == torch.bool else tensor
 
 
 class TritonRunner(Runner):
-    """One spec's launch: everything but the tensors."""
+    """One spec's launches: everything but the tensors."""
 
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__(spec)
-        from ..kernels.masks import UNBOUNDED
+        from .triton_launch import Planner
 
-        query, slopes = spec.layout("query"), spec.layout("alibi_slopes")
+        _set_allocator()
+        query = spec.layout("query")
         assert query is not None
         self.out_shape, self.out_stride = output_layout(query.shape, query.stride, spec.head_dim_v)
-        packed = spec.is_packed
-        self.lse_shape = spec.lse_shape
-        options, bias = spec.options, spec.layout("bias")
-        sinks, seqlens_k = spec.layout("sinks"), spec.layout("seqlens_k")
-        rows = spec.seqlen_q * spec.group_size
-        block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
-        self.grid = (max(1, -(-rows // block_m)), spec.num_kv_heads, spec.batch)
-        softcap, dropout_p = options.softcap, options.dropout_p
-        has_float_bias = bias is not None and bias.dtype != torch.bool
-        modified = (
-            softcap is not None
-            or has_float_bias
-            or slopes is not None
-            or sinks is not None
-            or spec.softmax_scale < 1e-30
-        )
-        operands = [row_strides(o.stride, packed) for o in spec.layouts[:3] if o is not None]
-        self.numbers: tuple[Any, ...] = (
-            *(stride for strides in operands for stride in strides),
-            *row_strides(self.out_stride, packed),
-            1 if seqlens_k is None else seqlens_k.stride[0],
-            *_strides(spec.layout("key_padding_mask"), 2),
-            *_strides(bias, 4),
-            *(0, *_strides(slopes, 2))[-2:],
-            0 if sinks is None else sinks.stride[0],
-            spec.seqlen_q,
-            spec.seqlen_k,
-            *((0, spec.total_q) if packed else (spec.num_heads * spec.seqlen_q, spec.seqlen_q)),
-            spec.num_heads * spec.total_q,
-            UNBOUNDED if options.window_left < 0 else min(options.window_left, UNBOUNDED),
-            UNBOUNDED if options.window_right < 0 else min(options.window_right, UNBOUNDED),
-            spec.softmax_scale,
-            0.0 if softcap is None else softcap,
-        )
-        self.dropout = (min(int(dropout_p * 2.0**32), 2**32 - 1), 1.0 / (1.0 - dropout_p))
-        self.constants = dict(
-            GROUP=spec.group_size,
-            HEAD_DIM=spec.head_dim,
-            HEAD_DIM_V=spec.head_dim_v,
-            BLOCK_M=block_m,
-            BLOCK_N=32 if max(spec.head_dim, spec.head_dim_v) > 128 else 64,
-            BLOCK_D=_power_of_2(spec.head_dim, 16),
-            BLOCK_DV=_power_of_2(spec.head_dim_v, 16),
-            PACKED=packed,
-            HAS_SEQLENS_K=seqlens_k is not None,
-            HAS_KEY_MASK=spec.layout("key_padding_mask") is not None,
-            BIAS="none" if bias is None else "float" if has_float_bias else "bool",
-            HAS_ALIBI=slopes is not None,
-            HAS_SOFTCAP=softcap is not None,
-            HAS_SINKS=sinks is not None,
-            HAS_DROPOUT=dropout_p > 0.0,
-            MODIFIED=modified,
-            PRECISION="ieee",
-        )
+        machine = _machine(spec.device)
+        self.planners = {name: Planner(spec, machine, name) for name in ("ieee", "tf32")}
+        self._repeats: dict[Any, Repeat] = {}
+        self._has_masks = any(layout is not None and layout.dtype == torch.bool for layout in spec.layouts)
+
+    def _numbers(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.spec.device)
+
+    def _launch(self, key: Any, tensors: Tensors, make: Callable[[Tensors], list[Launch]]) -> None:
+        """Runs what ``make`` makes of the tensors; from the second call of a key on without making it."""
+        from .triton_repeat import Repeat, are_aligned
+
+        with _on(self.spec.device):
+            if not are_aligned(tensors):
+                for launch in make(tensors):
+                    launch.run()
+                return
+            repeat = self._repeats.get(key)
+            if repeat is None:
+                repeat = self._repeats[key] = Repeat(make, tensors)
+            repeat.run(tensors)
+
+    def _given(self, operands: Operands) -> Operands:
+        """The operands as kernels take them."""
+        return Operands(*map(_as_bytes, operands)) if self._has_masks else operands  # type: ignore[arg-type]
 
     def forward(self, operands: Operands, *, need_lse: bool, need_stats: bool) -> Results:
-        from ..kernels.forward import attention_forward_kernel
-
-        query, key, value, cu_q, cu_k, seqlens_k, key_mask, bias, slopes, sinks, seed = operands
-        device = self.spec.device
-        out = torch.empty_strided(self.out_shape, self.out_stride, dtype=self.spec.dtype, device=device)
-        need_lse |= need_stats
-        lse = torch.empty(self.lse_shape, dtype=torch.float32, device=device) if need_lse else None
-        stats = torch.empty((2, *self.lse_shape), dtype=torch.float32, device=device) if need_stats else None
-        if out.numel() == 0 or 0 in self.lse_shape:
-            return Results(out, lse, stats)
-
-        def given(tensor: Tensor | None) -> Tensor:
-            """A pointer that is never read stands for what is absent."""
-            return query if tensor is None else tensor
-
-        attention_forward_kernel[self.grid](
-            query,
-            key,
-            value,
-            out,
-            *map(given, (lse, stats, cu_q, cu_k, seqlens_k)),
-            given(None if key_mask is None else key_mask.view(torch.uint8)),
-            given(bias.view(torch.uint8) if bias is not None and bias.dtype == torch.bool else bias),
-            *map(given, (slopes, sinks, seed)),
-            *self.numbers,
-            *self.dropout,
-            **self.constants,
-            NEED_LSE=need_lse,
-            NEED_STATS=need_stats,
-        )
+        spec, need_lse = self.spec, need_lse or need_stats
+        out = torch.empty_strided(self.out_shape, self.out_stride, dtype=spec.dtype, device=spec.device)
+        lse = self._numbers(*spec.lse_shape) if need_lse else None
+        stats = self._numbers(2, *spec.lse_shape) if need_stats else None
+        if out.numel():
+            precision = _precision(spec.dtype)
+            planner = self.planners[precision]
+            scratch = planner.scratch(spec.device)
+            self._launch(
+                (precision, need_lse, need_stats),
+                (*self._given(operands), out, lse, stats, *scratch),
+                planner.forward,
+            )
         return Results(out, lse, stats)
 
     def backward(
         self, operands: Operands, results: Results, dout: Tensor, dlse: Tensor | None, *, dbias: bool, dsinks: bool
     ) -> Gradients:
-        """The reference's gradients: the kernels have no backward pass yet."""
-        return ReferenceRunner(self.spec).backward(operands, results, dout, dlse, dbias=dbias, dsinks=dsinks)
+        spec, (query, key, value) = self.spec, operands[:3]
+        out, lse, stats = as_saved(results, self.out_stride, spec.dtype)
+        dout = with_contiguous_columns(dout.to(spec.dtype))
+        dlse = None if dlse is None else dlse.to(torch.float32).contiguous()
+        delta = self._numbers(*spec.lse_shape)
+        dquery, dkey, dvalue = (torch.empty_like(t) for t in (query, key, value))
+        bias_grad = None
+        if dbias and operands.bias is not None:
+            bias_grad = torch.empty(operands.bias.shape, dtype=operands.bias.dtype, device=spec.device)
+        precision = _precision(spec.dtype)
+        planner = self.planners[precision]
+        self._launch(
+            ("backward", precision, dlse is None, bias_grad is None, dout.stride()),
+            (*self._given(operands), out, stats, dout, dlse, delta, dquery, dkey, dvalue, bias_grad),
+            planner.backward,
+        )
+        sinks = operands.sinks if dsinks else None
+        sink_grad = None if sinks is None else sinks_gradient(sinks, lse, delta, packed=spec.is_packed)
+        return Gradients(dquery, dkey, dvalue, bias_grad, sink_grad)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever the tensors say."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class TritonBackend(Backend):
@@ -167,6 +177,8 @@ class TritonBackend(Backend):
         wanted = "cpu" if _is_interpreted() else "cuda"
         if spec.device.type != wanted:
             return f"the tensors are on {spec.device}, this back end computes on {wanted}"
+        if spec.is_paged:
+            return "a paged cache; not yet"
         if spec.dtype not in _DTYPES:
             return f"dtype {str(spec.dtype).removeprefix('torch.')}; it computes float32, bfloat16 and float16"
         if max(spec.head_dim, spec.head_dim_v) > _MAX_HEAD_DIM:

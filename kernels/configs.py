@@ -1,0 +1,155 @@
+"""Tile sizes, warps and stages: one table by (capability, phase, head_dim), and the sizes of a launch.
+
+Each row is a compile that was inspected: ``transformer-fast kernels`` compiles every one of them, reads the machine
+code and fails where a row spills, loses its tensor cores or has fewer programs on a multiprocessor than it says.
+No row has been timed on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+PHASES = ("forward", "decode", "combine", "preprocess", "dkdv", "dq", "dbias")
+HEAD_DIMS = (64, 128, 256, 512)
+#: A split has more blocks than this: a shorter one costs more in the merge than it saves.
+MIN_SPLIT_BLOCKS = 4
+
+
+class Config(NamedTuple):
+    """How one kernel is compiled: ``block_m`` rows, ``block_n`` keys; ``ctas_per_sm`` is what the row promises.
+
+    ``persistent``: uneven work is taken job by job by programs that stay, which spares a program's start per tile. Left
+    out where the loop around the loops costs spills; the hardware then hands out the jobs, in the same order.
+    ``apart``: the gradients of key and value are two launches, since the sums of both would not fit in registers.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    ctas_per_sm: int = 1
+    persistent: bool = False
+    apart: bool = False
+
+
+class Machine(NamedTuple):
+    """What the table is chosen by."""
+
+    capability: int  # 80 for 8.0
+    num_sms: int
+    l2_bytes: int
+    is_interpreted: bool = False
+
+    @property
+    def has_tma(self) -> bool:
+        """Tensor descriptors are loaded by hardware from compute capability 9.0 on."""
+        return self.capability >= 90
+
+
+# Rows of two-byte types by head_dim, for the families of machines that differ: 8.0 (164 KB of shared memory, mma.sync),
+# 8.6, 8.9 and 12.x (100 KB, mma.sync), 9.0 (228 KB, wgmma), 10.x (228 KB, tcgen05).
+_C = Config
+_HALF: dict[int, dict[str, tuple[Config, Config, Config, Config]]] = {
+    80: {
+        "forward": (_C(128, 64, 4, 3), _C(128, 64, 8, 3), _C(64, 32, 4, 2), _C(32, 16, 4, 2)),
+        "decode": (_C(16, 64, 4, 3), _C(16, 64, 4, 3), _C(16, 32, 4, 3), _C(16, 16, 4, 2)),
+        "dkdv": (_C(64, 64, 4, 2), _C(32, 64, 4, 2), _C(32, 32, 8, 2), _C(16, 16, 8, 1)),
+        "dq": (_C(64, 64, 4, 2), _C(64, 32, 4, 2), _C(32, 32, 8, 2), _C(16, 16, 8, 1)),
+        "dbias": (_C(64, 64, 4, 1), _C(64, 64, 4, 1), _C(32, 32, 4, 1), _C(16, 16, 4, 1)),
+    },
+    86: {
+        "forward": (_C(128, 32, 4, 3), _C(64, 32, 4, 3), _C(32, 32, 4, 2), _C(16, 16, 4, 1)),
+        "decode": (_C(16, 64, 4, 3), _C(16, 32, 4, 3), _C(16, 32, 4, 2), _C(16, 16, 4, 2)),
+        "dkdv": (_C(64, 64, 4, 1), _C(32, 64, 4, 1), _C(16, 32, 4, 1), _C(16, 16, 8, 1)),
+        "dq": (_C(64, 64, 4, 1), _C(64, 32, 4, 1), _C(32, 16, 4, 1), _C(16, 16, 8, 1)),
+        "dbias": (_C(64, 64, 4, 1), _C(32, 32, 4, 1), _C(32, 16, 4, 1), _C(16, 16, 4, 1)),
+    },
+    90: {
+        "forward": (_C(128, 128, 8, 2), _C(128, 128, 8, 2), _C(128, 64, 8, 2), _C(64, 16, 8, 2)),
+        "decode": (_C(16, 64, 4, 3), _C(16, 64, 4, 3), _C(16, 32, 4, 3), _C(16, 16, 4, 2)),
+        "dkdv": (_C(64, 128, 8, 2), _C(32, 128, 8, 2), _C(64, 128, 8, 2, apart=True), _C(16, 64, 8, 2, apart=True)),
+        "dq": (_C(128, 64, 8, 2), _C(128, 64, 8, 2), _C(64, 32, 4, 2), _C(16, 16, 8, 1)),
+        "dbias": (_C(64, 64, 4, 1), _C(64, 64, 4, 1), _C(64, 32, 4, 1), _C(16, 16, 4, 1)),
+    },
+    100: {
+        "forward": (_C(128, 128, 8, 2), _C(128, 128, 8, 2), _C(128, 64, 8, 2), _C(64, 16, 8, 2)),
+        "decode": (_C(16, 64, 4, 3), _C(16, 64, 4, 3), _C(16, 32, 4, 3), _C(16, 16, 4, 2)),
+        "dkdv": (_C(64, 128, 8, 2), _C(32, 128, 8, 2), _C(64, 128, 8, 2, apart=True), _C(16, 64, 8, 2, apart=True)),
+        "dq": (_C(128, 64, 8, 2), _C(128, 64, 8, 2), _C(64, 32, 4, 2), _C(16, 16, 8, 1)),
+        "dbias": (_C(64, 64, 4, 1), _C(64, 64, 4, 1), _C(64, 32, 4, 1), _C(16, 16, 4, 1)),
+    },
+}
+#: float32, on every machine: products are multiply-adds there, unless TF32 was asked for.
+_FLOAT32: dict[str, tuple[Config, Config, Config, Config]] = {
+    "forward": (_C(64, 32, 4, 2), _C(32, 32, 4, 2), _C(32, 16, 4, 1), _C(16, 16, 4, 1)),
+    "decode": (_C(16, 32, 4, 2), _C(16, 32, 4, 2), _C(16, 16, 4, 2), _C(16, 16, 4, 1)),
+    "dkdv": (_C(32, 32, 4, 1), _C(32, 32, 4, 1), _C(16, 16, 4, 1), _C(16, 16, 8, 1)),
+    "dq": (_C(32, 32, 4, 1), _C(32, 32, 4, 1), _C(16, 16, 4, 1), _C(16, 16, 8, 1)),
+    "dbias": (_C(32, 32, 4, 1), _C(32, 32, 4, 1), _C(16, 16, 4, 1), _C(16, 16, 4, 1)),
+}
+#: Kernels that only stream rows: float32 accumulators of block_m rows.
+_STREAM = {"combine": _C(8, 0, 4, 1), "preprocess": _C(16, 0, 4, 1)}
+#: The interpreter pays for operations, not for elements; tiles small enough for several of them in a test.
+_INTERPRETED = {"forward": _C(64, 64, 4, 1), "decode": _C(16, 128, 4, 1)}
+
+
+def family(capability: int) -> int:
+    """The row of the table that a compute capability uses.
+
+    Raises:
+        ValueError: it is below 8.0, where bfloat16 and cp.async are missing.
+    """
+    if capability < 80:
+        raise ValueError(f"capability is {capability}; allowed: 80 (compute capability 8.0) and up")
+    if capability in (80, 87):
+        return 80
+    if capability < 90 or capability >= 120:
+        return 86
+    return 90 if capability < 100 else 100
+
+
+def config_for(machine: Machine, phase: str, head_dim: int, itemsize: int) -> Config:
+    """The row of the table for a kernel.
+
+    Args:
+        phase: one of PHASES.
+        head_dim: the larger of head_dim and value head_dim.
+        itemsize: bytes of an element.
+    """
+    if phase in _STREAM:
+        return _STREAM[phase]
+    column = next(i for i, size in enumerate(HEAD_DIMS) if head_dim <= size)
+    if machine.is_interpreted:
+        config = _INTERPRETED.get(phase, _C(32, 64, 4, 1))
+        return config if column < 2 else config._replace(block_n=32)
+    rows = _FLOAT32 if itemsize == 4 else _HALF[family(machine.capability)]
+    return rows[phase][column]
+
+
+def num_splits(jobs: int, slots: int, blocks: int) -> int:
+    """Into how many parts the keys of a tile are divided.
+
+    One, where the tiles fill four fifths of the machine by themselves. Otherwise the least number whose last wave of
+    programs is nearly as full as the best number's (85%, as in Flash-Decoding's heuristic), never so many that a part
+    has MIN_SPLIT_BLOCKS blocks or fewer.
+
+    Args:
+        jobs: tiles of rows over all heads and batch entries.
+        slots: programs that run at the same time.
+        blocks: blocks of keys that a tile may see.
+    """
+    most = min(blocks // (MIN_SPLIT_BLOCKS + 1), 128, slots)
+    if jobs >= 0.8 * slots or most <= 1:
+        return 1
+
+    def share_of_waves(splits: int) -> float:
+        waves = jobs * splits / slots
+        return waves / -(-jobs * splits // slots)
+
+    best = max(share_of_waves(n) for n in range(1, most + 1))
+    return next(n for n in range(1, most + 1) if share_of_waves(n) >= 0.85 * best)
+
+
+def section_of(machine: Machine, heads: int, bytes_a_head: int) -> int:
+    """How many heads go through their tiles together: as many as keep K and V in half of the level-2 cache."""
+    return max(1, min(heads, machine.l2_bytes // 2 // max(1, bytes_a_head)))

@@ -10,6 +10,10 @@ TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
+KERNELS_ARGS ?=
+GPU_ARGS ?=
+# A minor version of Triton, 3.6 say, for `make kernels` to compile with instead of the one in .venv.
+TRITON ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -21,7 +25,7 @@ SANITIZED := build/sanitize
 SANITIZER_LIBS = $(foreach lib,libasan.so libubsan.so libstdc++.so.6,$(shell $(or $(CXX),g++) -print-file-name=$(lib)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format build sanitize mutants setup native clean
+.PHONY: help demo test bench lint format build sanitize mutants kernels gpu setup native clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -96,6 +100,21 @@ sanitize: $(VENV)/.stamp-dev  ## the native tests under AddressSanitizer and UBS
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	PYTHONPATH="$(CURDIR)/$(SANITIZED)" TRANSFORMER_FAST_EXPECTED_COPY="$(CURDIR)/$(SANITIZED)" \
 	$(BIN)/pytest -p no:cacheprovider --capture=sys -m sanitize $(PYTEST_ARGS)
+
+kernels: $(VENV)/.stamp-dev $(VENV)/.stamp-native $(addprefix build/triton-,$(TRITON))  ## what the Triton kernels compile to, without a GPU
+	$(if $(TRITON),PYTHONPATH=build/triton-$(TRITON)) $(BIN)/transformer-fast kernels \
+	    --output reports/kernels$(TRITON:%=-%) $(KERNELS_ARGS)
+
+# Another version of Triton, in a folder of its own that is put first on the path.
+build/triton-%: | $(VENV)/pyvenv.cfg
+	@echo "[setup] Triton $*, into $@"
+	@rm -rf $@.part
+	@$(PIP) --no-deps --only-binary :all: --target $@.part "triton==$*.*"
+	@mv $@.part $@
+
+# Where pip can reach nothing: python benchmarks/on_gpu.py needs PyTorch and Triton alone.
+gpu: $(VENV)/.stamp-dev $(VENV)/.stamp-native  ## correctness and speed on this machine's GPU; a dry run where there is none
+	$(BIN)/python benchmarks/on_gpu.py $(GPU_ARGS)
 
 mutants: $(VENV)/.stamp-dev $(VENV)/.stamp-native  ## plant faults one at a time; the tests must catch each
 	$(BIN)/python tests/mutants.py

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-PHASES = ("forward", "decode", "combine", "preprocess", "dkdv", "dq", "dbias")
+PHASES = ("forward", "decode", "combine", "preprocess", "dkdv", "dk", "dv", "dq", "dbias")
 HEAD_DIMS = (64, 128, 256, 512)
 #: A split has more blocks than this: a shorter one costs more in the merge than it saves.
 MIN_SPLIT_BLOCKS = 4
@@ -20,7 +20,7 @@ class Config(NamedTuple):
 
     ``persistent``: uneven work is taken job by job by programs that stay, which spares a program's start per tile. Left
     out where the loop around the loops costs spills; the hardware then hands out the jobs, in the same order.
-    ``apart``: the gradients of key and value are two launches, since the sums of both would not fit in registers.
+    ``tma``: blocks come by tensor descriptors where the machine and the tensors allow it.
     """
 
     block_m: int
@@ -29,7 +29,7 @@ class Config(NamedTuple):
     num_stages: int
     ctas_per_sm: int = 1
     persistent: bool = False
-    apart: bool = False
+    tma: bool = True
 
 
 class Machine(NamedTuple):
@@ -46,41 +46,45 @@ class Machine(NamedTuple):
         return self.capability >= 90
 
 
-# Rows of two-byte types by head_dim, for the families of machines that differ: 8.0 (164 KB of shared memory, mma.sync),
-# 8.6, 8.9 and 12.x (100 KB, mma.sync), 9.0 (228 KB, wgmma), 10.x (228 KB, tcgen05).
 _C = Config
-_HALF: dict[int, dict[str, tuple[Config, Config, Config, Config]]] = {
+_Row = tuple[Config | None, Config | None, Config | None, Config | None]  # by HEAD_DIMS
+# Two-byte types on the families of machines that differ: 8.0 (164 KB of shared memory, mma.sync), 8.6 with 8.9 and 12.x
+# (100 KB, mma.sync), 9.0 (228 KB, wgmma) and 10.x (228 KB, tcgen05). Where "dkdv" has no row, "dk" and "dv" are two
+# launches, since the sums of both would not fit into the registers.
+_HALF: dict[int, dict[str, _Row]] = {
     80: {
-        "forward": (_C(128, 64, 4, 3), _C(128, 64, 8, 3), _C(64, 32, 4, 2), _C(32, 16, 4, 2)),
-        "decode": (_C(16, 64, 4, 3), _C(16, 64, 4, 3), _C(16, 32, 4, 3), _C(16, 16, 4, 2)),
-        "dkdv": (_C(64, 64, 4, 2), _C(32, 64, 4, 2), _C(32, 32, 8, 2), _C(16, 16, 8, 1)),
-        "dq": (_C(64, 64, 4, 2), _C(64, 32, 4, 2), _C(32, 32, 8, 2), _C(16, 16, 8, 1)),
-        "dbias": (_C(64, 64, 4, 1), _C(64, 64, 4, 1), _C(32, 32, 4, 1), _C(16, 16, 4, 1)),
+        "forward": (_C(128, 64, 4, 3, 2), _C(128, 64, 8, 3), _C(64, 64, 8, 2), _C(64, 16, 8, 2)),
+        "decode": (_C(16, 128, 4, 3, 2), _C(16, 128, 4, 2, 2), _C(16, 32, 4, 3, 2), _C(16, 16, 4, 2, 3)),
+        "dkdv": (_C(64, 128, 8, 2), _C(64, 64, 8, 2), _C(32, 64, 8, 2), _C(16, 16, 8, 2)),
+        "dq": (_C(128, 64, 8, 2), _C(128, 32, 8, 2), _C(64, 32, 8, 2), _C(32, 16, 8, 2)),
+        "dbias": (_C(64, 64, 4, 1), _C(64, 64, 8, 1), _C(32, 32, 8, 1), _C(16, 16, 8, 1)),
     },
     86: {
-        "forward": (_C(128, 32, 4, 3), _C(64, 32, 4, 3), _C(32, 32, 4, 2), _C(16, 16, 4, 1)),
-        "decode": (_C(16, 64, 4, 3), _C(16, 32, 4, 3), _C(16, 32, 4, 2), _C(16, 16, 4, 2)),
-        "dkdv": (_C(64, 64, 4, 1), _C(32, 64, 4, 1), _C(16, 32, 4, 1), _C(16, 16, 8, 1)),
-        "dq": (_C(64, 64, 4, 1), _C(64, 32, 4, 1), _C(32, 16, 4, 1), _C(16, 16, 8, 1)),
-        "dbias": (_C(64, 64, 4, 1), _C(32, 32, 4, 1), _C(32, 16, 4, 1), _C(16, 16, 4, 1)),
+        "forward": (_C(128, 64, 4, 3, 2), _C(128, 64, 8, 3), _C(64, 32, 8, 2), _C(32, 16, 8, 2)),
+        "decode": (_C(16, 128, 4, 3), _C(16, 128, 4, 2), _C(16, 32, 4, 3), _C(16, 16, 4, 2, 2)),
+        "dkdv": (_C(32, 64, 4, 2, 2), _C(64, 64, 8, 2), _C(32, 32, 8, 2), _C(16, 16, 8, 1)),
+        "dq": (_C(128, 64, 8, 2), _C(128, 32, 8, 2), _C(32, 32, 4, 2), _C(32, 16, 8, 2)),
+        "dbias": (_C(64, 64, 4, 1), _C(64, 64, 8, 1), _C(32, 32, 8, 1), _C(16, 16, 8, 1)),
     },
     90: {
-        "forward": (_C(128, 128, 8, 2), _C(128, 128, 8, 2), _C(128, 64, 8, 2), _C(64, 16, 8, 2)),
-        "decode": (_C(16, 64, 4, 3), _C(16, 64, 4, 3), _C(16, 32, 4, 3), _C(16, 16, 4, 2)),
-        "dkdv": (_C(64, 128, 8, 2), _C(32, 128, 8, 2), _C(64, 128, 8, 2, apart=True), _C(16, 64, 8, 2, apart=True)),
-        "dq": (_C(128, 64, 8, 2), _C(128, 64, 8, 2), _C(64, 32, 4, 2), _C(16, 16, 8, 1)),
-        "dbias": (_C(64, 64, 4, 1), _C(64, 64, 4, 1), _C(64, 32, 4, 1), _C(16, 16, 4, 1)),
+        "forward": (_C(128, 128, 8, 2, 1, True), _C(128, 128, 8, 2, 1, True), _C(128, 64, 8, 2), _C(64, 32, 8, 2)),
+        "decode": (_C(16, 128, 4, 3, 3), _C(16, 128, 4, 2, 3), _C(16, 32, 4, 3, 3), _C(16, 32, 4, 2, 2)),
+        "dkdv": (_C(64, 128, 8, 2), _C(32, 128, 8, 2), None, _C(32, 16, 8, 2, tma=False)),
+        "dk": (None, None, _C(16, 128, 8, 2), None),
+        "dv": (None, None, _C(32, 128, 8, 2), None),
+        "dq": (_C(128, 64, 8, 2), _C(128, 64, 8, 2), _C(64, 64, 8, 2), _C(32, 16, 8, 2)),
+        "dbias": (_C(64, 64, 4, 1), _C(64, 64, 8, 1), _C(32, 32, 8, 1), _C(16, 16, 8, 1)),
     },
     100: {
-        "forward": (_C(128, 128, 8, 2), _C(128, 128, 8, 2), _C(128, 64, 8, 2), _C(64, 16, 8, 2)),
-        "decode": (_C(16, 64, 4, 3), _C(16, 64, 4, 3), _C(16, 32, 4, 3), _C(16, 16, 4, 2)),
-        "dkdv": (_C(64, 128, 8, 2), _C(32, 128, 8, 2), _C(64, 128, 8, 2, apart=True), _C(16, 64, 8, 2, apart=True)),
-        "dq": (_C(128, 64, 8, 2), _C(128, 64, 8, 2), _C(64, 32, 4, 2), _C(16, 16, 8, 1)),
-        "dbias": (_C(64, 64, 4, 1), _C(64, 64, 4, 1), _C(64, 32, 4, 1), _C(16, 16, 4, 1)),
+        "forward": (_C(128, 128, 8, 2, 1, True), _C(128, 128, 8, 2), _C(64, 64, 8, 2), _C(32, 16, 4, 2, 2)),
+        "decode": (_C(16, 128, 4, 3, 3), _C(16, 128, 4, 2, 3), _C(16, 64, 4, 2, 2), _C(16, 32, 4, 2, 2)),
+        "dkdv": (_C(64, 128, 8, 2), _C(32, 128, 8, 2), _C(32, 64, 8, 2), _C(16, 16, 8, 2, tma=False)),
+        "dq": (_C(128, 64, 8, 2), _C(128, 64, 8, 2), _C(64, 64, 8, 2), _C(64, 16, 8, 2)),
+        "dbias": (_C(64, 64, 4, 1), _C(64, 64, 8, 1), _C(32, 32, 8, 1), _C(16, 16, 8, 1)),
     },
 }
 #: float32, on every machine: products are multiply-adds there, unless TF32 was asked for.
-_FLOAT32: dict[str, tuple[Config, Config, Config, Config]] = {
+_FLOAT32: dict[str, _Row] = {
     "forward": (_C(64, 32, 4, 2), _C(32, 32, 4, 2), _C(32, 16, 4, 1), _C(16, 16, 4, 1)),
     "decode": (_C(16, 32, 4, 2), _C(16, 32, 4, 2), _C(16, 16, 4, 2), _C(16, 16, 4, 1)),
     "dkdv": (_C(32, 32, 4, 1), _C(32, 32, 4, 1), _C(16, 16, 4, 1), _C(16, 16, 8, 1)),
@@ -89,8 +93,18 @@ _FLOAT32: dict[str, tuple[Config, Config, Config, Config]] = {
 }
 #: Kernels that only stream rows: float32 accumulators of block_m rows.
 _STREAM = {"combine": _C(8, 0, 4, 1), "preprocess": _C(16, 0, 4, 1)}
-#: The interpreter pays for operations, not for elements; tiles small enough for several of them in a test.
-_INTERPRETED = {"forward": _C(64, 64, 4, 1), "decode": _C(16, 128, 4, 1)}
+#: The interpreter pays for operations, not for elements; tiles small enough that a test has several of them, and every
+#: way of the table: a queue of jobs, one launch for the gradients of keys and values and two.
+_INTERPRETED: dict[str, _Row] = {
+    "forward": (_C(64, 64, 4, 1, 1, True), _C(64, 64, 4, 1, 1, True), _C(64, 32, 4, 1), _C(64, 32, 4, 1)),
+    "decode": (_C(16, 128, 4, 1), _C(16, 128, 4, 1), _C(16, 32, 4, 1), _C(16, 32, 4, 1)),
+    "dkdv": (_C(32, 64, 4, 1), _C(32, 64, 4, 1), None, None),
+    "dk": (None, None, _C(32, 32, 4, 1), _C(32, 32, 4, 1)),
+    "dv": (None, None, _C(32, 32, 4, 1), _C(32, 32, 4, 1)),
+    "dq": (_C(32, 64, 4, 1), _C(32, 64, 4, 1), _C(32, 32, 4, 1), _C(32, 32, 4, 1)),
+    "dbias": (_C(32, 64, 4, 1), _C(32, 64, 4, 1), _C(32, 32, 4, 1), _C(32, 32, 4, 1)),
+}
+_NOTHING: _Row = (None, None, None, None)
 
 
 def family(capability: int) -> int:
@@ -120,10 +134,22 @@ def config_for(machine: Machine, phase: str, head_dim: int, itemsize: int) -> Co
         return _STREAM[phase]
     column = next(i for i, size in enumerate(HEAD_DIMS) if head_dim <= size)
     if machine.is_interpreted:
-        config = _INTERPRETED.get(phase, _C(32, 64, 4, 1))
-        return config if column < 2 else config._replace(block_n=32)
-    rows = _FLOAT32 if itemsize == 4 else _HALF[family(machine.capability)]
-    return rows[phase][column]
+        table = _INTERPRETED
+    else:
+        table = _FLOAT32 if itemsize == 4 else _HALF[family(machine.capability)]
+    config = table.get(phase, _NOTHING)[column]
+    if config is None:
+        raise KeyError(f"no {phase} at head_dim {head_dim} on {machine}")
+    return config
+
+
+def key_phases(machine: Machine, head_dim: int, itemsize: int) -> tuple[str, ...]:
+    """The launches that give the gradients of key and value: one, or two where the table has no row for both."""
+    try:
+        config_for(machine, "dkdv", head_dim, itemsize)
+    except KeyError:
+        return ("dk", "dv")
+    return ("dkdv",)
 
 
 def num_splits(jobs: int, slots: int, blocks: int) -> int:

@@ -31,7 +31,7 @@ def attention_combine_kernel(
         limit = tl.where(fresh == float("-inf"), 0.0, fresh)
         shrink, weight = tl.exp2((top - limit) * factor), tl.exp2((top_here - limit) * factor)
         total = total * shrink + tl.load(partials.total + here, mask=in_tile, other=0.0) * weight
-        values = tl.load(partials.values + here[:, None] * HEAD_DIM_V + columns[None, :], mask=inside, other=0.0)
+        values = tl.load(partials.sums + here[:, None] * HEAD_DIM_V + columns[None, :], mask=inside, other=0.0)
         acc = acc * shrink[:, None] + values * weight[:, None]
         top = fresh
     o, top, inverse, lse_value = finish(top, total, acc, problem, heads, in_tile, factor)

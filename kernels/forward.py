@@ -125,7 +125,7 @@ def _forward_tile(
         at = row_numbers_at(problem, batch, first_query, heads) + positions
         if partials is not None:
             at += split * partials.rows
-            values = partials.values + at[:, None] * HEAD_DIM_V + columns_v[None, :]
+            values = partials.sums + at[:, None] * HEAD_DIM_V + columns_v[None, :]
             tl.store(values, acc, mask=in_tile[:, None] & in_columns)
             tl.store(partials.top + at, top, mask=in_tile)
             tl.store(partials.total + at, total, mask=in_tile)

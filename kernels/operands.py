@@ -86,12 +86,12 @@ class Schedule(NamedTuple):
 
 
 class Partials(NamedTuple):
-    """Results of the splits of a row's keys, float32: values (splits, rows, head_dim_v), top and total (splits, rows).
+    """Results of the splits of a row's keys, float32: sums (splits, rows, head_dim_v), top and total (splits, rows).
 
-    ``values`` are sums of exp2((s - top) * factor) * v, and total is the sum of the exponentials.
+    ``sums`` are those of exp2((s - top) * factor) * v, and total is the sum of the exponentials.
     """
 
-    values: Any
+    sums: Any  # not "values": Triton gives tuples a field of that name
     top: Any
     total: Any
     rows: Any  # how many there are: num_heads * total_q

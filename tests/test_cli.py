@@ -60,7 +60,7 @@ def broken_reference(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_help_names_the_commands(run: Run) -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("info", "verify", "bench", "demo"):
+    for command in ("info", "verify", "bench", "kernels", "demo"):
         assert command in result.output
         assert run(command, "--help").exit_code == 0
 

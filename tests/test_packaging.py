@@ -115,7 +115,7 @@ def test_the_wheel_carries_every_module_and_nothing_foreign(distributions: Distr
         "kernels": "transformer_fast/kernels",
         "benchmarks": "transformer_fast/benchmarks",
     }
-    wanted = {"transformer_fast/py.typed"} | {
+    wanted = {"transformer_fast/py.typed", "transformer_fast/kernels/baseline.json"} | {
         f"{target}/{path.relative_to(ROOT / folder)}"
         for folder, target in installed_as.items()
         for path in (ROOT / folder).rglob("*")

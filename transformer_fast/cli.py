@@ -1,4 +1,4 @@
-"""The command line: `transformer-fast info | verify | bench | demo`.
+"""The command line: `transformer-fast info | verify | bench | kernels | demo`.
 
 Exit status: 0 all right, 1 something is wrong (a failed check, a wrong result), 2 wrong usage.
 """
@@ -274,6 +274,46 @@ def _ratio(row: Row, peer: str) -> str:
     reached = peer != row.goal_peer or row.goal is None or not row.goal_applies or ratio >= row.goal
     color = "red" if ratio < 1 else "green" if reached else "yellow"
     return f"[{color}]{ratio:.3g}x[/]"
+
+
+# -------------------------------------------------------------------------------------------------------- kernels
+
+
+@app.command()
+def kernels(
+    capability: Annotated[
+        list[int] | None, typer.Option(help="90 for compute capability 9.0. Repeat for more; 80, 90, 100 by default.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Only compute capability 9.0.")] = False,
+    output: Annotated[Path, typer.Option(help="Directory for kernels.json and kernels.md.", file_okay=False)] = Path(
+        "reports/kernels"
+    ),
+    update_baseline: Annotated[
+        bool, typer.Option("--update-baseline", help="Make what is found the baseline that later runs compare with.")
+    ] = False,
+) -> None:
+    """Compile the Triton kernels for GPUs that need not be here, and read their machine code.
+
+    Exit status 1 if one spills, loses its tensor cores or TMA loads, has fewer CTAs on a multiprocessor than its
+    configuration says, or has inner loops over 3% longer than the baseline's.
+    """
+    from transformer_fast.testing import kernel_report
+    from transformer_fast.testing.kernel_tables import print_report
+
+    _make_directory(output)
+    with _progress("") as progress:
+        task = progress.add_task("planning", total=None)
+
+        def advance(done: int, total: int, what: str) -> None:
+            progress.update(task, completed=done, total=total, description=what)
+
+        with _usage_errors():
+            chosen = capability or ([90] if quick else kernel_report.CAPABILITIES)
+            report = kernel_report.report(capabilities=chosen, update_baseline=update_baseline, progress=advance)
+    print_report(report, console)
+    _, markdown_path = report.write(output)
+    console.print(f"Report: {markdown_path}", soft_wrap=True, highlight=False)
+    raise typer.Exit(0 if report.passed else 1)
 
 
 # ----------------------------------------------------------------------------------------------------------- demo

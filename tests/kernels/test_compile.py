@@ -1,50 +1,76 @@
-"""The kernels compile for real targets, which needs no GPU. The interpreter accepts what a compiler does not."""
+"""The kernels compile for real targets, by each version of Triton that is supported; that needs no GPU.
+
+The interpreter accepts what a compiler does not. All rows of the table are compiled by `make kernels`.
+"""
 
 from __future__ import annotations
 
+import os
+import pickle
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
-COMPILE = """
-import sys, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from transformer_fast.kernels.forward import attention_forward_kernel as kernel
+from transformer_fast.testing import kernel_gate as gate
+from transformer_fast.testing.kernel_gate import Kernel
 
-capability, everything = int(sys.argv[1]), sys.argv[2] == "everything"
-flags = ("PACKED", "HAS_SEQLENS_K", "HAS_KEY_MASK", "HAS_ALIBI", "HAS_SOFTCAP", "HAS_SINKS", "HAS_DROPOUT", "MODIFIED")
-constants = dict.fromkeys(flags, everything) | dict(
-    GROUP=4 if everything else 1, HEAD_DIM=80 if everything else 64, HEAD_DIM_V=64, BLOCK_M=64, BLOCK_N=64,
-    BLOCK_D=128 if everything else 64, BLOCK_DV=64, BIAS="float" if everything else "none", NEED_LSE=True,
-    NEED_STATS=True, PRECISION="ieee",
-)
-pointers = dict.fromkeys(("query", "key", "value", "out"), "*bf16") | dict.fromkeys(
-    ("lse", "stats", "bias", "alibi_slopes", "sinks"), "*fp32"
-) | dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqlens_k"), "*i32") | dict(key_mask="*u8", rng_seed="*i64")
-numbers = dict.fromkeys(("softmax_scale", "softcap", "dropout_keep"), "fp32") | dict(dropout_threshold="i64")
-signature = {
-    name: "constexpr" if name in constants else pointers.get(name) or numbers.get(name, "i32")
-    for name in kernel.arg_names
-}
-source = ASTSource(kernel, signature=signature, constexprs=constants)
-compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=4, num_stages=2))
-instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[capability]
-print(compiled.asm["ptx"].count(instruction), len(compiled.asm["cubin"]))
+pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+CASES = ("bf16 64 causal", "bf16 64 decode", "bf16 64 bias")
+COMPILE = """
+import pickle, sys
+import triton
+from transformer_fast.testing.kernel_report import CASES, compile_kernels
+
+assert triton.__version__.startswith(sys.argv[2]), (triton.__version__, triton.__file__)
+kernels = compile_kernels([case for case in CASES if case.name in sys.argv[3:]], workers=1)
+open(sys.argv[1], "wb").write(pickle.dumps(kernels))
 """
 
 
-@pytest.mark.parametrize("what", ["plain", "everything"])
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_forward_compiles_to_tensor_core_code(
-    capability: int, what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: object
-) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+def folder_of(version: str) -> Path | None:
+    """Where another version of Triton lies, which must not come into the environment itself; None for the own one."""
+    import triton
+
+    if triton.__version__.startswith(version):
+        return None
+    folder = ROOT / "build" / f"triton-{version}"
+    if not (ROOT / "Makefile").exists():
+        pytest.skip(f"Triton {version} is not here, and there is no Makefile that fetches it")
+    variables = [f"VENV={sys.prefix}"]
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(capability), what], capture_output=True, text=True, check=False
+        ["make", "-C", ROOT, *variables, f"build/triton-{version}"], capture_output=True, text=True, check=False
     )
+    if done.returncode:
+        pytest.skip(f"Triton {version} is not here and could not be fetched: {done.stderr.strip()[-300:]}")
+    return folder
+
+
+@pytest.fixture(scope="module", params=["3.6", "3.7"])
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Sequence[Kernel]:
+    """What a version of Triton makes of a few cases, in a process without the interpreter."""
+    path = tmp_path_factory.mktemp("compile") / "kernels.pickle"
+    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
+    if folder := folder_of(request.param):
+        environment["PYTHONPATH"] = str(folder)
+    command = [sys.executable, "-c", COMPILE, path, request.param, *CASES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    products, size = map(int, done.stdout.split())
-    assert products > 0 and size > 0
+    return pickle.loads(path.read_bytes())
+
+
+def test_all_compile(kernels: Sequence[Kernel]) -> None:
+    assert {kernel.capability for kernel in kernels} == {80, 90, 100}
+    assert {kernel.phase for kernel in kernels} == {"forward", "preprocess", "dkdv", "dq", "decode", "combine", "dbias"}
+    assert [f"{kernel.where}: {kernel.error}" for kernel in kernels if kernel.code is None] == []
+
+
+@pytest.mark.parametrize("rule", [gate.tensor_cores, gate.tma, gate.serialization, gate.occupancy])
+def test_they_use_the_machine(kernels: Sequence[Kernel], rule: gate.Rule) -> None:
+    codes = [(kernel, kernel.code) for kernel in kernels if kernel.code is not None]
+    assert [f"{kernel.where}: {words}" for kernel, code in codes for words in rule(kernel, code, {})] == []

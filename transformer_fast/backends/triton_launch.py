@@ -6,7 +6,7 @@ The kernel report compiles what this file makes, so what is inspected is what ru
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -150,8 +150,8 @@ class Planner:
 
     def can_use_tma(self, *tensors: Tensor) -> bool:
         """Descriptors want addresses and strides in whole 16 bytes, and no dimension that is a repetition."""
-        if not self.machine.has_tma:
-            return False
+        if not self.machine.has_tma or (self.spec.dtype == torch.float32 and self.precision == "ieee"):
+            return False  # multiply-adds on what descriptors loaded: thousands of spills (Triton 3.6, 3.7)
         for tensor in tensors:
             bytes_of = tensor.element_size()
             steps = [s * bytes_of for n, s in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if n > 1]
@@ -332,18 +332,18 @@ class Planner:
         """Gradients of key and value, where the table says so in a launch each."""
         from ..kernels.backward import attention_backward_dkdv_kernel
 
-        config = self.config("dkdv")
-        schedule = self.schedule(-(-self.spec.seqlen_k // config.block_n))
-        tma = self.can_use_tma(given.query, given.key, given.value, dout, dkey, dvalue)
-        launch = self._gradient(
-            "dkdv", attention_backward_dkdv_kernel, config, given, dout, stats, delta, tma,
-            dict(dkey=self.rows(dkey), dvalue=self.rows(dvalue)), schedule,
-        )  # fmt: skip
-        if not config.apart:
-            launch.constants |= dict(NEED_DK=True, NEED_DV=True)
-            return [launch]
-        wanted = (("dk", dict(NEED_DK=True, NEED_DV=False)), ("dv", dict(NEED_DK=False, NEED_DV=True)))
-        return [replace(launch, phase=name, constants=launch.constants | needs) for name, needs in wanted]
+        launches = []
+        for phase in configs.key_phases(self.machine, self.head_dim, self.spec.dtype.itemsize):
+            config = self.config(phase)
+            launch = self._gradient(
+                phase, attention_backward_dkdv_kernel, config, given, dout, stats, delta,
+                config.tma and self.can_use_tma(given.query, given.key, given.value, dout, dkey, dvalue),
+                dict(dkey=self.rows(dkey), dvalue=self.rows(dvalue)),
+                self.schedule(-(-self.spec.seqlen_k // config.block_n)),
+            )  # fmt: skip
+            launch.constants |= dict(NEED_DK=phase != "dv", NEED_DV=phase != "dk")
+            launches.append(launch)
+        return launches
 
     def dq(self, given: Operands, dout: Tensor, dquery: Tensor, stats: Tensor, delta: Tensor) -> Launch:
         """The gradient of query."""

@@ -33,7 +33,7 @@ def tile_range(start, end, offset, left, right, first_row, last_row):
 
 
 @triton.jit
-def visible(start, end, offset, left, right, rows, keys):
-    """Which of the keys a row sees, elementwise over the broadcast of rows and keys."""
+def row_interval(start, end, offset, left, right, rows):
+    """The keys [lo, hi) that rows see; none where hi <= lo. A comparison with each is all that an element costs."""
     position = rows + offset
-    return (keys >= start) & (keys < end) & (keys >= position - left) & (keys <= position + right)
+    return tl.maximum(start, position - left), tl.minimum(end, position + right + 1)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.language.random import philox_impl
 
-from .masks import visible
+from .masks import row_interval
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -68,8 +68,9 @@ def scores_of(
         at = problem.key_mask.data + tl.cast(batch, tl.int64) * problem.key_mask.batch + keys * problem.key_mask.stride
         s = tl.where(tl.load(at, mask=keys < problem.seqlen_k, other=0) != 0, s, float("-inf"))
     if MASKED:
-        seen = visible(0, len_k, offset, problem.left, problem.right, rows, keys) & in_tile
-        s = tl.where(seen, s, float("-inf"))
+        lo, hi = row_interval(0, len_k, offset, problem.left, problem.right, rows)
+        hi = tl.where(in_tile, hi, lo)
+        s = tl.where((keys >= lo) & (keys < hi), s, float("-inf"))
     return s, capped
 
 

@@ -31,7 +31,7 @@ with pytest.MonkeyPatch.context() as patch:
 
     import triton
     import triton.language as tl
-    from transformer_fast.kernels.masks import tile_range, visible
+    from transformer_fast.kernels.masks import row_interval, tile_range
 
     @triton.jit
     def ask(numbers, ranges, seen, COUNT: tl.constexpr, KEYS: tl.constexpr):
@@ -45,9 +45,8 @@ with pytest.MonkeyPatch.context() as patch:
         tl.store(ranges + 2 * COUNT + at, full_end)
         tl.store(ranges + 3 * COUNT + at, stop)
         keys = tl.arange(0, KEYS)[None, :]
-        bits = visible(
-            start[:, None], end[:, None], offset[:, None], left[:, None], right[:, None], first[:, None], keys
-        )
+        lo, hi = row_interval(start, end, offset, left, right, first)
+        bits = (keys >= lo[:, None]) & (keys < hi[:, None])
         tl.store(seen + at[:, None] * KEYS + keys, bits.to(tl.int8))
 
 

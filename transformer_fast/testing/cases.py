@@ -6,9 +6,10 @@ a seed. The same case, dtype and seed give the same tensors on every machine.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from transformer_fast.testing.baseline import visible_pairs
+from transformer_fast.testing.pages import lay_in_pages, place_table
 
 NAN, INF = float("nan"), float("inf")
 SAME = -1
@@ -54,6 +56,8 @@ class Case:
     window_size: tuple[int | None, int | None] | None = None
     seqlens_k: tuple[int, ...] | None = None  # key lengths; of a packed case, the sequences' lengths
     seqlens_q: tuple[int, ...] | None = None  # given: a packed case, run through attention_varlen
+    page_size: int | None = None  # given: a paged case, run through attention_paged; seqlens_k are in the cache
+    shared_pages: int = 0  # of a paged case: so many first pages are those of every sequence
     padding: str | None = None  # one of PADDINGS
     bias: str | None = None  # one of BIAS_KINDS
     bias_form: str = "bhqk"  # one of BIAS_FORMS
@@ -78,6 +82,10 @@ class Case:
             self._set("batch", len(self.seqlens_q))
             self._set("seqlen_q", max(self.seqlens_q, default=0))
             self._set("seqlen_k", max(self.seqlens_k, default=0))
+        if self.page_size is not None:
+            assert self.seqlens_k is not None and len(self.seqlens_k) == self.batch and not self.packed
+            assert self.bias is None and self.padding is None and self.dropout_p == 0.0 and not self.deterministic
+            assert not (self.shared_pages and self.poison)  # what one sequence sees, another does not
         for name, other in (("num_kv_heads", "num_heads"), ("seqlen_k", "seqlen_q"), ("head_dim_v", "head_dim")):
             if getattr(self, name) == SAME:
                 self._set(name, getattr(self, other))
@@ -89,6 +97,11 @@ class Case:
     def packed(self) -> bool:
         """Whether it goes through `attention_varlen`."""
         return self.seqlens_q is not None
+
+    @property
+    def paged(self) -> bool:
+        """Whether it goes through `attention_paged`, which gives no gradients."""
+        return self.page_size is not None
 
     @property
     def sequences(self) -> list[tuple[int, int]]:
@@ -116,6 +129,9 @@ class Problem:
     `inputs` are those with a gradient: query, key, value, and a float bias and sinks if the case has them; key and
     value are poisoned if the case says so. `clean` are the same without poison. `options` are the other keyword
     arguments of the public function. `visible` is bool, broadcastable to `(batch, num_heads, seqlen_q, seqlen_k)`.
+
+    A paged case has pages in `inputs`, k_pages and v_pages, whose unused rows are NaN, and key and value in `clean`:
+    what it should give is what the padded problem gives.
     """
 
     case: Case
@@ -127,14 +143,23 @@ class Problem:
     visible: Tensor
     dout: Tensor
     dlse: Tensor | None = field(default=None)
+    block_table: Tensor | None = field(default=None)
 
     def call(self, inputs: dict[str, Tensor], backend: str, *, return_lse: bool = True) -> Any:
         """Calls the public function. Draws the dropout seed from torch's default generator, seeded by the problem."""
-        from transformer_fast import attention, attention_varlen
+        from transformer_fast import attention, attention_paged, attention_varlen
 
         function: Any = attention_varlen if self.case.packed else attention
+        options = self.options
+        if "k_pages" in inputs:
+            function, options = attention_paged, options | {"block_table": self.block_table}
         torch.manual_seed(self.seed)
-        return function(**inputs, **self.options, return_lse=return_lse, backend=backend)
+        with seeds_of_the_cpu() if self._draws_elsewhere else contextlib.nullcontext():
+            return function(**inputs, **options, return_lse=return_lse, backend=backend)
+
+    @property
+    def _draws_elsewhere(self) -> bool:
+        return self.case.dropout_p > 0.0 and self.dout.device.type != "cpu"
 
     def to(self, device: str | torch.device) -> Problem:
         """The same problem on another device."""
@@ -147,6 +172,25 @@ class Problem:
             return value.to(device) if isinstance(value, Tensor) else value
 
         return Problem(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+
+@contextlib.contextmanager
+def seeds_of_the_cpu() -> Iterator[None]:
+    """Inside, the library draws the seed of dropout from the CPU's generator, whatever the device.
+
+    From the same seed another device's generator draws other numbers, and the oracle, which is computed on the CPU,
+    would drop other probabilities.
+    """
+    draw = torch.randint
+
+    def drawn_on_the_cpu(*args: Any, device: Any = None, **options: Any) -> Tensor:
+        return draw(*args, **options).to(device)
+
+    torch.randint = drawn_on_the_cpu
+    try:
+        yield
+    finally:
+        torch.randint = draw
 
 
 def case_seed(case: Case, dtype: torch.dtype, seed: int) -> int:
@@ -174,6 +218,9 @@ def make_problem(case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
     if case.poison:
         bad_k, bad_v = _poison(case, k, v, visible)
         inputs["key"], inputs["value"] = (_place(t, case.layout, case.packed) for t in (bad_k, bad_v))
+    block_table = None
+    if case.paged:
+        inputs, block_table = _into_pages(case, inputs, generator)
     others = {}
     if bias is not None and bias.dtype == torch.bool:
         options["bias"] = bias
@@ -185,7 +232,9 @@ def make_problem(case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
             sinks[::2] = -INF
         others["sinks"] = sinks
     dout, dlse = _draw_incoming(case, q, dtype, generator)
-    return Problem(case, dtype, problem_seed, inputs | others, clean | others, options, visible, dout, dlse)
+    return Problem(
+        case, dtype, problem_seed, inputs | others, clean | others, options, visible, dout, dlse, block_table
+    )
 
 
 def _plain_options(case: Case) -> dict[str, Any]:
@@ -223,9 +272,23 @@ def _draw_qkv(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tup
     if case.key_growth != 1.0:
         size = torch.logspace(0.0, math.log10(case.key_growth), k.shape[key_dim])
         k = k * (size[:, None, None] if case.packed else size[:, None])
+    if case.shared_pages:
+        assert case.page_size is not None
+        prefix = case.shared_pages * case.page_size
+        for t in (k, v):
+            t[:, :, :prefix] = t[:1, :, :prefix].clone()
     if case.layout == "shared_batch":
         k, v = (t.expand(case.batch, *t.shape[1:]) for t in (k, v))
     return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def _into_pages(case: Case, inputs: dict[str, Tensor], generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+    """The inputs with pages in place of key and value, and the table of the pages."""
+    assert case.page_size is not None and case.seqlens_k is not None
+    query, key, value = inputs["query"], inputs["key"], inputs["value"]
+    *pages, table = lay_in_pages(key, value, case.seqlens_k, case.page_size, case.shared_pages, generator)
+    k_pages, v_pages = (_place(t, case.layout, packed=False) for t in pages)
+    return {"query": query, "k_pages": k_pages, "v_pages": v_pages}, place_table(table, case.layout)
 
 
 def _place(t: Tensor, layout: str, packed: bool) -> Tensor:

@@ -8,6 +8,8 @@ VENV ?= .venv
 #   make demo TORCH="torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+# One process a core; each takes its tests in their order, in which neighbours share an oracle.
+PARALLEL ?= --numprocesses=auto --dist=worksteal
 BENCH_ARGS ?=
 DEMO_ARGS ?=
 KERNELS_ARGS ?=
@@ -72,7 +74,7 @@ demo: $(VENV)/.stamp-demo $(VENV)/.stamp-native  ## the tour: real text, real mo
 	$(BIN)/transformer-fast demo $(DEMO_ARGS)
 
 test: $(VENV)/.stamp-dev $(VENV)/.stamp-native  ## the whole test suite
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest $(PARALLEL) $(PYTEST_ARGS)
 
 bench: $(VENV)/.stamp-dev $(VENV)/.stamp-native  ## speed against the peers, as ratios
 	$(BIN)/transformer-fast bench $(BENCH_ARGS)

@@ -44,18 +44,17 @@ def attention_backward_preprocess_kernel(
 
 @triton.jit
 def gradient_of_scores(
-    product, dp, top, inverse, delta, problem, batch, heads, rows, keys, in_tile, len_k, offset, factor,
+    product, dp, dropped, top, inverse, delta, problem, batch, heads, rows, keys, in_tile, len_k, offset, factor,
     EXACT: tl.constexpr, MODIFIED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """(probabilities as they met the values, d loss / d product / softmax_scale, d loss / d bias) of a block.
 
-    ``dp`` is dout . v. Works in either orientation.
+    ``dp`` is dout . v, ``dropped`` the factors of dropout or None. Works in either orientation.
     """
     s, capped = scores_of(product, problem, batch, heads, rows, keys, in_tile, len_k, offset, MODIFIED, MASKED)
     p = exponentials(s, top, factor, EXACT) * inverse
     kept = p
-    if problem.dropout is not None:
-        dropped = dropout_factor(problem.dropout, batch, heads, rows, keys)
+    if dropped is not None:
         kept = p * dropped
         dp = dp * dropped
     ds = p * (dp - delta)
@@ -100,16 +99,16 @@ def attention_backward_dkdv_kernel(
         begin, full_begin, full_end, stop = tile_range(
             0, tl.where(n < len_k, len_q, 0), -offset, problem.right, problem.left, n, last_key
         )
-        first, full, partial, stop = split_range(begin, full_begin, full_end, stop, BLOCK_M)
+        first, full, partial, stop = split_range(begin, full_begin, full_end, stop, BLOCK_M, False)
         query_source = open_rows(query, first_query, stop, 0, HEAD_DIM, BLOCK_M, BLOCK_D, TMA)
         dout_source = open_rows(dout, first_query, stop, 0, HEAD_DIM_V, BLOCK_M, BLOCK_DV, TMA)
-        for member in range(GROUP):
+        for member in tl.range(0, GROUP, disable_licm=True):
             head = kv_head * GROUP + member
             at = row_numbers_at(problem, batch, first_query, head)
             for part in tl.static_range(3):
                 part_begin = first if part == 0 else (full if part == 1 else partial)
                 part_end = full if part == 0 else (partial if part == 1 else stop)
-                for m in range(part_begin, part_end, BLOCK_M):
+                for m in tl.range(part_begin, part_end, BLOCK_M, disable_licm=True):
                     rows = m + tl.arange(0, BLOCK_M)
                     in_tile = rows < stop
                     q = load_block(
@@ -124,8 +123,11 @@ def attention_backward_dkdv_kernel(
                     # Keys by rows: the transposed products, so that no result has to be transposed.
                     product = tl.dot(k, q.T, input_precision=PRECISION)
                     dp = tl.dot(v, do.T, input_precision=PRECISION) if NEED_DK else product
+                    dropped = None
+                    if problem.dropout is not None:
+                        dropped = dropout_factor(problem.dropout, batch, head, rows[None, :], n, BLOCK_N, True)
                     kept, ds, _unscaled = gradient_of_scores(
-                        product, dp, top[None, :], inverse[None, :], delta_here[None, :], problem, batch, head,
+                        product, dp, dropped, top[None, :], inverse[None, :], delta_here[None, :], problem, batch, head,
                         rows[None, :], keys[:, None], in_tile[None, :], len_k, offset, factor, EXACT, MODIFIED,
                         part != 1,
                     )  # fmt: skip
@@ -182,13 +184,14 @@ def attention_backward_dq_kernel(
         begin, full_begin, full_end, stop = tile_range(
             0, len_k, offset, problem.left, problem.right, tile * BLOCK_M // GROUP, last_row // GROUP
         )
-        first, full, partial, stop = split_range(begin, full_begin, full_end, stop, BLOCK_N)
+        ALIGNED: tl.constexpr = problem.dropout is not None
+        first, full, partial, stop = split_range(begin, full_begin, full_end, stop, BLOCK_N, ALIGNED)
         key_source = open_rows(key, first_key, stop, 0, HEAD_DIM, BLOCK_N, BLOCK_D, TMA)
         value_source = open_rows(value, first_key, stop, 0, HEAD_DIM_V, BLOCK_N, BLOCK_DV, TMA)
         for part in tl.static_range(3):
             part_begin = first if part == 0 else (full if part == 1 else partial)
             part_end = full if part == 0 else (partial if part == 1 else stop)
-            for n in range(part_begin, part_end, BLOCK_N):
+            for n in tl.range(part_begin, part_end, BLOCK_N, disable_licm=True):
                 keys = n + tl.arange(0, BLOCK_N)
                 k = load_block(
                     key_source, problem, batch, kv_head, first_key, n, stop, 0, HEAD_DIM, BLOCK_N, BLOCK_D, TMA
@@ -196,14 +199,21 @@ def attention_backward_dq_kernel(
                 v = load_block(
                     value_source, problem, batch, kv_head, first_key, n, stop, 0, HEAD_DIM_V, BLOCK_N, BLOCK_DV, TMA
                 )
+                dropped = None
+                if problem.dropout is not None:
+                    dropped = dropout_factor(
+                        problem.dropout, batch, heads[:, None], positions[:, None], n, BLOCK_N, False
+                    )
                 _kept, ds, _unscaled = gradient_of_scores(
-                    tl.dot(q, k.T, input_precision=PRECISION), tl.dot(do, v.T, input_precision=PRECISION),
+                    tl.dot(q, k.T, input_precision=PRECISION), tl.dot(do, v.T, input_precision=PRECISION), dropped,
                     top[:, None], inverse[:, None], delta_here[:, None], problem, batch, heads[:, None],
                     positions[:, None], keys[None, :], in_tile[:, None], len_k, offset, factor, EXACT, MODIFIED,
                     part != 1,
                 )  # fmt: skip
                 if HAS_HOLES:
                     k = without_hidden(k, tl.max(tl.abs(ds), 0) > 0.0)
+                elif ALIGNED and part != 1:
+                    k = without_hidden(k, (keys >= begin) & (keys < stop))
                 dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
         tl.store(
@@ -237,11 +247,11 @@ def attention_backward_dbias_kernel(
         key_end = problem.seqlen_k
     factor = base2_factor(problem, MODIFIED)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for b in range(0 if ONE_BATCH else entry, batches if ONE_BATCH else entry + 1):
+    for b in tl.range(0 if ONE_BATCH else entry, batches if ONE_BATCH else entry + 1, disable_licm=True):
         first_query, first_key, len_q, len_k = sequence(problem, b)
         offset = len_k - len_q
-        for h in range(0 if ONE_HEAD else member, heads if ONE_HEAD else member + 1):
-            for m in range(row_begin, row_end, BLOCK_M):
+        for h in tl.range(0 if ONE_HEAD else member, heads if ONE_HEAD else member + 1, disable_licm=True):
+            for m in tl.range(row_begin, row_end, BLOCK_M, disable_licm=True):
                 rows = m + tl.arange(0, BLOCK_M)
                 in_tile = rows < len_q
                 q = load_block(query, problem, b, h, first_query, m, len_q, 0, HEAD_DIM, BLOCK_M, BLOCK_D, False)
@@ -255,15 +265,18 @@ def attention_backward_dbias_kernel(
                     0, len_k, offset, problem.left, problem.right, m, last_row
                 )
                 lower = tl.maximum(key_begin, begin // BLOCK_N * BLOCK_N)
-                for n in range(lower, tl.minimum(key_end, stop), BLOCK_N):
+                for n in tl.range(lower, tl.minimum(key_end, stop), BLOCK_N, disable_licm=True):
                     keys = n + tl.arange(0, BLOCK_N)
                     kv_head = h // GROUP
                     k = load_block(key, problem, b, kv_head, first_key, n, stop, 0, HEAD_DIM, BLOCK_N, BLOCK_D, False)
                     v = load_block(
                         value, problem, b, kv_head, first_key, n, stop, 0, HEAD_DIM_V, BLOCK_N, BLOCK_DV, False
                     )
+                    dropped = None
+                    if problem.dropout is not None:
+                        dropped = dropout_factor(problem.dropout, b, h, rows[:, None], n, BLOCK_N, False)
                     _kept, _inner, ds = gradient_of_scores(
-                        tl.dot(q, k.T, input_precision=PRECISION), tl.dot(do, v.T, input_precision=PRECISION),
+                        tl.dot(q, k.T, input_precision=PRECISION), tl.dot(do, v.T, input_precision=PRECISION), dropped,
                         top[:, None], inverse[:, None], delta_here[:, None], problem, b, h, rows[:, None],
                         keys[None, :], in_tile[:, None], len_k, offset, factor, q.dtype == tl.float32, MODIFIED, True,
                     )  # fmt: skip

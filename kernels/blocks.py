@@ -15,12 +15,18 @@ def open_rows(
         # behind them would take the values through registers: at head_dim 128 that spilled.
         return tl.make_tensor_descriptor(
             rows.data,
-            shape=[rows.batches, rows.heads, rows.rows if PAGE_SIZE > 0 else first + stop, DIM],
+            shape=[rows.batches, rows.heads, rows.rows if PAGE_SIZE > 0 else tl.maximum(first + stop, 1), DIM],
             strides=[rows.batch, rows.head, rows.row, 1],
             block_shape=[1, 1, BLOCK, BLOCK_D],
         )
     else:
         return rows
+
+
+@triton.jit
+def pages_of(problem, batch):
+    """Where the pages of a sequence stand in the block table."""
+    return problem.block_table.data + tl.cast(batch, tl.int64) * problem.block_table.batch
 
 
 @triton.jit
@@ -39,8 +45,7 @@ def load_block(
     row = first + n
     IN_ONE_PAGE: tl.constexpr = PAGE_SIZE > 0 and PAGE_SIZE % BLOCK == 0
     if IN_ONE_PAGE:
-        entry = tl.load(problem.block_table.data + batch * problem.block_table.batch
-                        + n // PAGE_SIZE * problem.block_table.stride)  # fmt: skip
+        entry = tl.load(pages_of(problem, batch) + n // PAGE_SIZE * problem.block_table.stride)
         row = n % PAGE_SIZE
     if TMA:
         return source.load([entry, head, row, 0]).reshape([BLOCK, BLOCK_D])
@@ -51,8 +56,9 @@ def load_block(
         columns = tl.arange(0, BLOCK_D)
         at = source.data + tl.cast(head, tl.int64) * source.head
         if PAGE_SIZE > 0 and not IN_ONE_PAGE:
-            pages = problem.block_table.data + batch * problem.block_table.batch
-            page = tl.load(pages + own // PAGE_SIZE * problem.block_table.stride, mask=inside, other=0)
+            page = tl.load(
+                pages_of(problem, batch) + own // PAGE_SIZE * problem.block_table.stride, mask=inside, other=0
+            )
             rows = page.to(tl.int64) * source.batch + (own % PAGE_SIZE) * source.row
         else:
             at += tl.cast(entry, tl.int64) * source.batch + tl.cast(row, tl.int64) * source.row

@@ -53,46 +53,49 @@ _Row = tuple[Config | None, Config | None, Config | None, Config | None]  # by H
 # launches, since the sums of both would not fit into the registers.
 _HALF: dict[int, dict[str, _Row]] = {
     80: {
-        "forward": (_C(128, 64, 4, 3, 2), _C(128, 64, 8, 3), _C(64, 64, 8, 2), _C(64, 16, 8, 2)),
-        "decode": (_C(16, 128, 4, 3, 2), _C(16, 128, 4, 2, 2), _C(16, 32, 4, 3, 2), _C(16, 16, 4, 2, 3)),
-        "dkdv": (_C(64, 128, 8, 2), _C(64, 64, 8, 2), _C(32, 64, 8, 2), _C(16, 16, 8, 2)),
-        "dq": (_C(128, 64, 8, 2), _C(128, 32, 8, 2), _C(64, 32, 8, 2), _C(32, 16, 8, 2)),
-        "dbias": (_C(64, 64, 4, 1), _C(64, 64, 8, 1), _C(32, 32, 8, 1), _C(16, 16, 8, 1)),
+        "forward": (_C(128, 64, 8, 3), _C(128, 32, 8, 3), _C(64, 32, 8, 2), _C(32, 16, 8, 2)),
+        "decode": (_C(16, 128, 4, 3, 2), _C(16, 64, 4, 3), _C(16, 32, 4, 2), _C(16, 16, 4, 2, 2)),
+        "dkdv": (_C(64, 128, 8, 2), _C(32, 64, 8, 2), _C(32, 64, 8, 2), _C(16, 16, 8, 2)),
+        "dq": (_C(128, 64, 8, 2), _C(64, 32, 4, 2), _C(64, 32, 8, 2), _C(32, 16, 8, 2)),
+        "dbias": (_C(64, 32, 4, 1), _C(64, 32, 8, 1), _C(16, 64, 8, 1), _C(16, 32, 8, 1)),
     },
     86: {
         "forward": (_C(128, 64, 4, 3, 2), _C(128, 64, 8, 3), _C(64, 32, 8, 2), _C(32, 16, 8, 2)),
         "decode": (_C(16, 128, 4, 3), _C(16, 128, 4, 2), _C(16, 32, 4, 3), _C(16, 16, 4, 2, 2)),
         "dkdv": (_C(32, 64, 4, 2, 2), _C(64, 64, 8, 2), _C(32, 32, 8, 2), _C(16, 16, 8, 1)),
         "dq": (_C(128, 64, 8, 2), _C(128, 32, 8, 2), _C(32, 32, 4, 2), _C(32, 16, 8, 2)),
-        "dbias": (_C(64, 64, 4, 1), _C(64, 64, 8, 1), _C(32, 32, 8, 1), _C(16, 16, 8, 1)),
+        "dbias": (_C(64, 32, 4, 1), _C(64, 32, 8, 1), _C(16, 64, 8, 1), _C(16, 32, 8, 1)),
     },
     90: {
         "forward": (_C(128, 128, 8, 2, 1, True), _C(128, 128, 8, 2, 1, True), _C(128, 64, 8, 2), _C(64, 32, 8, 2)),
-        "decode": (_C(16, 128, 4, 3, 3), _C(16, 128, 4, 2, 3), _C(16, 32, 4, 3, 3), _C(16, 32, 4, 2, 2)),
+        "decode": (_C(16, 128, 4, 3, 3), _C(16, 128, 4, 2, 2), _C(16, 32, 4, 3, 3), _C(16, 32, 4, 2, 2)),
         "dkdv": (_C(64, 128, 8, 2), _C(32, 128, 8, 2), None, _C(32, 16, 8, 2, tma=False)),
-        "dk": (None, None, _C(16, 128, 8, 2), None),
-        "dv": (None, None, _C(32, 128, 8, 2), None),
+        "dk": (None, None, _C(32, 128, 8, 2), None),
+        "dv": (None, None, _C(64, 128, 8, 2), None),
         "dq": (_C(128, 64, 8, 2), _C(128, 64, 8, 2), _C(64, 64, 8, 2), _C(32, 16, 8, 2)),
-        "dbias": (_C(64, 64, 4, 1), _C(64, 64, 8, 1), _C(32, 32, 8, 1), _C(16, 16, 8, 1)),
+        "dbias": (_C(64, 64, 4, 1), _C(64, 64, 8, 1), _C(64, 64, 8, 1), _C(64, 16, 8, 1)),
     },
     100: {
         "forward": (_C(128, 128, 8, 2, 1, True), _C(128, 128, 8, 2), _C(64, 64, 8, 2), _C(32, 16, 4, 2, 2)),
-        "decode": (_C(16, 128, 4, 3, 3), _C(16, 128, 4, 2, 3), _C(16, 64, 4, 2, 2), _C(16, 32, 4, 2, 2)),
-        "dkdv": (_C(64, 128, 8, 2), _C(32, 128, 8, 2), _C(32, 64, 8, 2), _C(16, 16, 8, 2, tma=False)),
-        "dq": (_C(128, 64, 8, 2), _C(128, 64, 8, 2), _C(64, 64, 8, 2), _C(64, 16, 8, 2)),
-        "dbias": (_C(64, 64, 4, 1), _C(64, 64, 8, 1), _C(32, 32, 8, 1), _C(16, 16, 8, 1)),
+        "decode": (_C(16, 128, 4, 3, 3), _C(16, 128, 4, 2, 2), _C(16, 64, 4, 2, 2), _C(16, 32, 4, 2, 2)),
+        "dkdv": (_C(32, 64, 4, 2), _C(32, 128, 8, 2), None, _C(16, 16, 8, 2, tma=False)),
+        "dk": (None, None, _C(32, 128, 8, 2), None),
+        "dv": (None, None, _C(32, 128, 8, 2), None),
+        "dq": (_C(128, 64, 8, 2), _C(128, 32, 8, 2), _C(64, 64, 8, 2), _C(64, 16, 8, 2)),
+        "dbias": (_C(64, 64, 4, 1), _C(64, 64, 8, 1), _C(64, 64, 8, 1), _C(16, 32, 8, 1)),
     },
 }
-#: float32, on every machine: products are multiply-adds there, unless TF32 was asked for.
+#: float32, on every machine: multiply-adds, unless TF32 was asked for. Their operands lie in registers, so tiles are
+#: small, and blocks come by pointers: what descriptors loaded spilled thousands of registers (Triton 3.6 and 3.7).
 _FLOAT32: dict[str, _Row] = {
-    "forward": (_C(64, 32, 4, 2), _C(32, 32, 4, 2), _C(32, 16, 4, 1), _C(16, 16, 4, 1)),
-    "decode": (_C(16, 32, 4, 2), _C(16, 32, 4, 2), _C(16, 16, 4, 2), _C(16, 16, 4, 1)),
-    "dkdv": (_C(32, 32, 4, 1), _C(32, 32, 4, 1), _C(16, 16, 4, 1), _C(16, 16, 8, 1)),
-    "dq": (_C(32, 32, 4, 1), _C(32, 32, 4, 1), _C(16, 16, 4, 1), _C(16, 16, 8, 1)),
-    "dbias": (_C(32, 32, 4, 1), _C(32, 32, 4, 1), _C(16, 16, 4, 1), _C(16, 16, 4, 1)),
+    "forward": (_C(64, 32, 8, 1), _C(32, 32, 8, 1), _C(32, 16, 8, 1), _C(16, 16, 8, 1)),
+    "decode": (_C(16, 32, 4, 1, 2), _C(16, 32, 4, 1, 2), _C(16, 16, 8, 1), _C(16, 16, 8, 1)),
+    "dkdv": (_C(32, 32, 4, 1, 2), _C(16, 32, 8, 1, 2), _C(16, 16, 4, 1, 2), _C(16, 16, 8, 1)),
+    "dq": (_C(32, 32, 8, 1), _C(16, 16, 8, 1, 2), _C(16, 16, 8, 1, 2), _C(16, 16, 16, 1)),
+    "dbias": (_C(32, 32, 8, 1, 2), _C(32, 32, 8, 1), _C(16, 16, 8, 1, 2), _C(16, 16, 8, 1)),
 }
 #: Kernels that only stream rows: float32 accumulators of block_m rows.
-_STREAM = {"combine": _C(8, 0, 4, 1), "preprocess": _C(16, 0, 4, 1)}
+_STREAM = {"combine": _C(8, 0, 4, 1), "preprocess": _C(8, 0, 4, 1)}
 #: The interpreter pays for operations, not for elements; tiles small enough that a test has several of them, and every
 #: way of the table: a queue of jobs, one launch for the gradients of keys and values and two.
 _INTERPRETED: dict[str, _Row] = {
@@ -141,6 +144,31 @@ def config_for(machine: Machine, phase: str, head_dim: int, itemsize: int) -> Co
     if config is None:
         raise KeyError(f"no {phase} at head_dim {head_dim} on {machine}")
     return config
+
+
+def candidates(machine: Machine, phase: str, head_dim: int, itemsize: int) -> list[Config]:
+    """What tuning tries for a kernel: the row of the table first, and its neighbours.
+
+    Fewer keys a block, one stage more or less, jobs by queue or by grid: what cannot need more registers than the row
+    that was inspected, except that one stage more needs more shared memory and may not fit.
+    """
+    row = config_for(machine, phase, head_dim, itemsize)
+    found = [row]
+    if row.block_n >= 32:
+        found.append(row._replace(block_n=row.block_n // 2))
+        found.append(row._replace(block_n=row.block_n // 2, num_stages=row.num_stages + 1))
+    found += [row._replace(num_stages=stages) for stages in (row.num_stages - 1, row.num_stages + 1) if stages > 0]
+    if row.persistent:
+        found.append(row._replace(persistent=False))
+    if row.tma and machine.has_tma:
+        found.append(row._replace(tma=False))
+    return found
+
+
+def largest_head_dim(machine: Machine, itemsize: int) -> int:
+    """Beyond 256, float32 needs more shared memory than machines of 100 KB a multiprocessor have."""
+    small = family(machine.capability) == 86 and not machine.is_interpreted
+    return HEAD_DIMS[-2] if small and itemsize == 4 else HEAD_DIMS[-1]
 
 
 def key_phases(machine: Machine, head_dim: int, itemsize: int) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ def attention_combine_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for split in range(splits):
-        here = at.to(tl.int64) + split * partials.rows
+        here = at + tl.cast(split, tl.int64) * partials.rows
         top_here = tl.load(partials.top + here, mask=in_tile, other=float("-inf"))
         fresh = tl.maximum(top, top_here)
         limit = tl.where(fresh == float("-inf"), 0.0, fresh)

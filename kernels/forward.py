@@ -77,10 +77,9 @@ def _forward_tile(
         )
         key_source = open_rows(key, first_key, stop, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, TMA)
         value_source = open_rows(value, first_key, stop, PAGE_SIZE, HEAD_DIM_V, BLOCK_N, BLOCK_DV, TMA)
-        if PAGE_SIZE > 0:  # no block crosses the end of a page
-            first, full, partial, end = split_range(begin // BLOCK_N * BLOCK_N, full_begin, full_end, stop, BLOCK_N)
-        else:
-            first, full, partial, end = split_range(begin, full_begin, full_end, stop, BLOCK_N)
+        # No block crosses the end of a page, and dropout draws for four keys at once.
+        ALIGNED: tl.constexpr = PAGE_SIZE > 0 or (problem.dropout is not None)
+        first, full, partial, end = split_range(begin, full_begin, full_end, stop, BLOCK_N, ALIGNED)
         if partials is not None:
             # Clipped to the window and the length before it is split.
             share = tl.cdiv(tl.cdiv(stop - first, BLOCK_N), splits)
@@ -92,7 +91,7 @@ def _forward_tile(
         for part in tl.static_range(3):
             part_begin = first if part == 0 else (full if part == 1 else partial)
             part_end = full if part == 0 else (partial if part == 1 else end)
-            for n in range(part_begin, part_end, BLOCK_N):
+            for n in tl.range(part_begin, part_end, BLOCK_N, disable_licm=True):
                 keys = n + tl.arange(0, BLOCK_N)
                 k = load_block(
                     key_source, problem, batch, kv_head, first_key, n, stop, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, TMA
@@ -114,17 +113,17 @@ def _forward_tile(
                 )  # fmt: skip
                 if HAS_HOLES:
                     v = without_hidden(v, tl.max(p, 0) > 0.0)
-                elif PAGE_SIZE > 0 and part != 1:
+                elif ALIGNED and part != 1:
                     v = without_hidden(v, (keys >= begin) & (keys < stop))
                 if problem.dropout is not None:
-                    p *= dropout_factor(problem.dropout, batch, heads[:, None], positions[:, None], keys[None, :])
+                    p *= dropout_factor(problem.dropout, batch, heads[:, None], positions[:, None], n, BLOCK_N, False)
                 acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
 
         columns_v = tl.arange(0, BLOCK_DV)
         in_columns = (columns_v < HEAD_DIM_V)[None, :]
         at = row_numbers_at(problem, batch, first_query, heads) + positions
         if partials is not None:
-            at += split * partials.rows
+            at += tl.cast(split, tl.int64) * partials.rows
             values = partials.sums + at[:, None] * HEAD_DIM_V + columns_v[None, :]
             tl.store(values, acc, mask=in_tile[:, None] & in_columns)
             tl.store(partials.top + at, top, mask=in_tile)

@@ -48,12 +48,14 @@ def sequence(problem, batch):
 
 
 @triton.jit
-def split_range(begin, full_begin, full_end, stop, BLOCK: tl.constexpr):
-    """Blocks of a range of ``masks.tile_range``, counted from its begin: (first, full, partial, stop).
+def split_range(begin, full_begin, full_end, stop, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    """Blocks of a range of ``masks.tile_range``: (first, full, partial, stop).
 
-    Blocks in [first, full) and [partial, stop) need the mask, those in [full, partial) do not.
+    Blocks in [first, full) and [partial, stop) need the mask, those in [full, partial) do not. They are counted from
+    the range's begin, or where they have to be ALIGNED from the block in which it lies.
     """
-    full = begin + tl.cdiv(full_begin - begin, BLOCK) * BLOCK
-    partial = begin + (full_end - begin) // BLOCK * BLOCK
+    first = begin // BLOCK * BLOCK if ALIGNED else begin
+    full = first + tl.cdiv(full_begin - first, BLOCK) * BLOCK
+    partial = first + (full_end - first) // BLOCK * BLOCK
     has_full = full < partial
-    return begin, tl.where(has_full, full, begin), tl.where(has_full, partial, begin), stop
+    return first, tl.where(has_full, full, first), tl.where(has_full, partial, first), stop

@@ -23,18 +23,30 @@ def tanh(x):
 
 
 @triton.jit
-def dropout_factor(dropout, batch, heads, rows, keys):
-    """1 / (1 - p) where an element is kept, else 0: Philox4x32-10, keyed as everywhere in the library."""
-    zero = (heads + rows + keys) * 0
-    c0 = (zero + keys // 4).to(tl.uint32, bitcast=True)
+def dropout_factor(dropout, batch, heads, rows, n, BLOCK_N: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """1 / (1 - p) where an element is kept, else 0: Philox4x32-10, keyed as everywhere in the library.
+
+    One counter serves four keys, so ``n``, the first of the block's keys, is a multiple of 4. ``heads`` and ``rows``
+    broadcast to the block, which is keys by rows with KEYS_FIRST, else rows by keys.
+    """
+    groups = n // 4 + tl.arange(0, BLOCK_N // 4)
+    groups = groups[:, None] if KEYS_FIRST else groups[None, :]
+    zero = (heads + rows + groups) * 0
+    c0 = (zero + groups).to(tl.uint32, bitcast=True)
     c1 = (zero + rows).to(tl.uint32, bitcast=True)
     c2 = (zero + heads).to(tl.uint32, bitcast=True)
     c3 = (zero + batch).to(tl.uint32, bitcast=True)
     seed = tl.load(dropout.seed)
     w0, w1, w2, w3 = philox_impl(c0, c1, c2, c3, seed.to(tl.uint32), (seed >> 32).to(tl.uint32))
-    word = keys % 4
-    random = tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
-    return tl.where(random >= dropout.threshold, dropout.keep, 0.0)
+    least = dropout.threshold
+    kept = (w0 >= least).to(tl.int32) | (w1 >= least).to(tl.int32) * 2
+    kept = kept | (w2 >= least).to(tl.int32) * 4 | (w3 >= least).to(tl.int32) * 8
+    word = tl.arange(0, 4)
+    if KEYS_FIRST:
+        bits = (kept[:, None, :] >> word[None, :, None]).reshape([BLOCK_N, kept.shape[1]])
+    else:
+        bits = (kept[:, :, None] >> word[None, None, :]).reshape([kept.shape[0], BLOCK_N])
+    return tl.where((bits & 1) != 0, dropout.keep, 0.0)
 
 
 @triton.jit

@@ -399,20 +399,25 @@ cases = [
     Case("guard", "padding", **small, seqlen_q=17, seqlen_k=99, padding="holes"),
     Case("guard", "options", **small, seqlen_q=33, seqlen_k=50, **several),
     Case("guard", "packed", num_heads=4, num_kv_heads=2, **lengths, head_dim=23, causal=True),
+    Case("guard", "paged", **small, seqlen_q=19, seqlen_k=60, seqlens_k=(60, 3), page_size=7, head_dim=23, causal=True),
+    Case("guard", "paged_decode", **small, seqlen_q=1, seqlen_k=60, seqlens_k=(7, 60), page_size=7, layout="gaps"),
 ]
 for at_end in (True, False):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for case in cases:
             print("at its end" if at_end else "at its beginning", dtype, case.name, flush=True)
             problem = make_problem(case, dtype)
-            inputs = {n: guarded(t).requires_grad_() for n, t in problem.inputs.items()}
+            inputs = {n: guarded(t).requires_grad_(not case.paged) for n, t in problem.inputs.items()}
+            if case.paged:
+                problem.block_table = guarded(problem.block_table)
             problem.options = {n: guarded(t) if isinstance(t, torch.Tensor) else t for n, t in problem.options.items()}
             dout = guarded(problem.dout)
             out, lse = problem.call(inputs, "cpu")
             outputs, incoming = [out], [dout]
             if problem.dlse is not None:
                 outputs, incoming = [out, lse], [dout, guarded(problem.dlse)]
-            torch.autograd.grad(outputs, list(inputs.values()), incoming)
+            if not case.paged:
+                torch.autograd.grad(outputs, list(inputs.values()), incoming)
             with torch.no_grad():
                 problem.call(inputs, "cpu", return_lse=False)
 assert guarded_count > 10 * len(cases)

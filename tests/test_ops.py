@@ -579,7 +579,7 @@ def test_the_second_derivative_of_a_kernel_is_refused(road: str, loss: Callable[
     def call() -> Tensor:
         if road == "eager":
             return attention(query, key, value, backend="cpu")
-        return ops.attention_op(query, key, value, *[None] * 8, *Options(backend="cpu"))[0]
+        return ops.attention_op(*Operands(query, key, value), *Options(backend="cpu"))[0]
 
     def penalty() -> None:
         (grad,) = torch.autograd.grad(loss(call()), query, create_graph=True)
@@ -667,7 +667,7 @@ def test_out_comes_in_the_order_of_the_query(sizes: tuple[int, ...], order: str,
     query = ORDERS[order](*sizes)
     key, value = torch.randn(2, sizes[0], 1, 12, 8)
     if road == "op":
-        out = ops.attention_op(query, key, value, *[None] * 8, *Options(backend=backend))[0]
+        out = ops.attention_op(*Operands(query, key, value), *Options(backend=backend))[0]
     else:
         function = torch.compile(attention, fullgraph=True, backend="aot_eager") if road == "compiled" else attention
         out = function(query.requires_grad_(road == "training"), key, value, backend=backend)

@@ -44,7 +44,7 @@ def test_random_problems(rng: Random, dtype: torch.dtype) -> None:
 
 def test_the_generator_reaches_every_option() -> None:
     cases = [random_case(Random(i)) for i in range(300)]
-    for name in ("window_size", "seqlens_k", "seqlens_q", "padding", "bias", "alibi", "softcap", "sinks"):
+    for name in ("window_size", "seqlens_k", "seqlens_q", "padding", "bias", "alibi", "softcap", "sinks", "page_size"):
         given_count = sum(getattr(c, name) is not None for c in cases)
         assert 0 < given_count < len(cases), name
     for name in ("causal", "dropout_p", "deterministic", "lse_gradient", "poison"):

@@ -2,7 +2,7 @@
 
 from . import backends
 from ._version import __version__
-from .attention import Explanation, attention, attention_varlen, explain
+from .attention import Explanation, attention, attention_paged, attention_varlen, explain
 from .spec import UnsupportedError
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "attention",
+    "attention_paged",
     "attention_varlen",
     "backends",
     "explain",

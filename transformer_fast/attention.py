@@ -1,4 +1,4 @@
-"""The public functions: fused attention for padded and packed batches, and what would run where."""
+"""The public functions: fused attention for padded and packed batches and paged caches, and what would run where."""
 
 from __future__ import annotations
 
@@ -136,6 +136,68 @@ def attention_varlen(
     return (out, lse) if return_lse else out  # type: ignore[return-value]
 
 
+def attention_paged(
+    query: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    seqlens_k: Tensor,
+    *,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`attention` over a KV cache that lies in pages, as servers keep it, for inference only.
+
+    A sequence's keys are those of its pages, one page after the other; pages may lie anywhere and be shared between
+    sequences (PagedAttention of vLLM: Kwon et al., "Efficient Memory Management for Large Language Model Serving with
+    PagedAttention", SOSP 2023). The cache is read where it is. Write new keys into their pages first, then call:
+    ``seqlens_k`` counts them. One query row a sequence is decoding, many are (chunked) prefill.
+
+    Args:
+        query: (batch, num_heads, seqlen_q, head_dim).
+        k_pages: (num_pages, num_kv_heads, page_size, head_dim), any page_size. Any strides with a contiguous last
+            dimension: a cache of (num_pages, page_size, num_kv_heads, head_dim), as vLLM and flash-attn have it, is
+            given as ``cache.transpose(1, 2)``, which copies nothing.
+        v_pages: (num_pages, num_kv_heads, page_size, head_dim_v).
+        block_table: int32 (batch, max_pages_per_sequence), any strides: key ``j`` of sequence ``b`` is row
+            ``j % page_size`` of page ``block_table[b, j // page_size]``. Entries past a sequence's last page are
+            never read, and rows of a page past the sequence's length reach nothing, whatever either holds.
+        seqlens_k: int32 (batch,), keys of each sequence, the new ones included: 0 to max_pages_per_sequence *
+            page_size. They move the alignment as in :func:`attention`: the last query row stands at the last key.
+
+    The other arguments are those of :func:`attention`. Under autocast the query takes the cache's dtype; the cache
+    keeps it.
+
+    Returns:
+        (batch, num_heads, seqlen_q, head_dim_v); with ``return_lse`` also lse, float32 (batch, num_heads, seqlen_q).
+
+    Raises:
+        ValueError, TypeError, UnsupportedError: as :func:`attention`; ValueError too where a floating argument
+            requires grad and grad mode is on.
+    """
+    if block_table is None:
+        raise TypeError("block_table is of type NoneType; allowed: an int32 torch.Tensor (batch, max_pages)")
+    parse_flag(return_lse, "return_lse")
+    options = options_of(causal, window_size, softmax_scale, softcap, 0.0, False, backend)
+    operands = Operands(
+        query,
+        k_pages,
+        v_pages,
+        seqlens_k=seqlens_k,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        block_table=block_table,
+    )
+    out, lse = run(operands, options, return_lse)
+    return (out, lse) if return_lse else out  # type: ignore[return-value]
+
+
 #: What explain takes beside tensors: the options that attention and attention_varlen share.
 _PLAIN_OPTIONS = ("causal", "window_size", "softmax_scale", "softcap", "dropout_p", "deterministic", "backend")
 
@@ -165,14 +227,16 @@ def explain(
     sinks: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    block_table: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     return_lse: bool = False,
     **options: Any,
 ) -> Explanation:
-    """Which back end and path :func:`attention` (or, with ``cu_seqlens_*``, :func:`attention_varlen`) would take.
+    """Which back end and path :func:`attention` would take, or with ``cu_seqlens_*`` :func:`attention_varlen`, or with
+    ``block_table`` :func:`attention_paged`.
 
-    Takes the arguments of those functions and runs nothing.
+    Takes the arguments of those functions (pages as ``key`` and ``value``) and runs nothing.
 
     Returns:
         an :class:`Explanation`; ``backend`` is None if the back end asked for by name cannot do it.
@@ -197,6 +261,7 @@ def explain(
         _four_dims(bias),
         alibi_slopes,
         sinks,
+        block_table=block_table,
     )
     lengths = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
     is_packed = not (cu_seqlens_q is None and cu_seqlens_k is None and all(n is None for n in lengths.values()))

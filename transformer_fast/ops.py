@@ -20,7 +20,7 @@ from .layout import new_output
 from .spec import Operands, Options, UnsupportedError, check, make_spec
 
 _NUM_OPERANDS, _NUM_OPTIONS = len(Operands._fields), len(Options._fields)
-_BIAS, _SINKS = Operands._fields.index("bias"), Operands._fields.index("sinks")
+_BIAS, _SINKS, _BLOCK_TABLE = (Operands._fields.index(name) for name in ("bias", "sinks", "block_table"))
 
 _runners: dict[tuple[Any, ...], Runner] = {}
 _MAX_RUNNERS = 4096
@@ -33,6 +33,7 @@ def runner_for(operands: Operands, options: Options) -> Runner:
         key = (
             options,
             slopes is not None and slopes.requires_grad and torch.is_grad_enabled(),
+            operands.block_table is not None and _takes_gradient(operands),
             *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in operands],
         )
     except RuntimeError:  # a sparse or nested tensor has no strides
@@ -135,15 +136,21 @@ def _refuse_tangents(operands: Operands) -> None:
 
 
 def autocast_operands(operands: Operands) -> Operands:
-    """Query, key and value in the autocast dtype. Bias, slopes and sinks keep theirs: they are added in float32."""
+    """Query, key and value in the autocast dtype; beside a paged cache, which keeps its dtype, the query in that.
+
+    Bias, slopes and sinks keep theirs: they are added in float32.
+    """
     device_type = operands.query.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return operands
     dtype = torch.get_autocast_dtype(device_type)
+    names: tuple[str, ...] = ("query", "key", "value")
+    if operands.block_table is not None and operands.key.is_floating_point():
+        names, dtype = ("query",), operands.key.dtype  # to cast a cache would be to copy it
     cast = {
         name: tensor.to(dtype)
-        for name, tensor in zip(("query", "key", "value"), operands[:3], strict=True)
-        if tensor.is_floating_point() and tensor.dtype not in (dtype, torch.float64)
+        for name in names
+        if (tensor := getattr(operands, name)).is_floating_point() and tensor.dtype not in (dtype, torch.float64)
     }
     operands = operands._replace(**cast)
     for name in ("bias", "sinks"):  # these may be float32 or the query's dtype, whatever the query has become
@@ -180,8 +187,8 @@ def run(operands: Operands, options: Options, need_lse: bool) -> tuple[Tensor, T
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqlens_k, "
     "Tensor? key_padding_mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? rng_seed, "
-    "SymInt max_seqlen_q, SymInt max_seqlen_k, float? softmax_scale, SymInt window_left, SymInt window_right, "
-    "float? softcap, float dropout_p, bool deterministic, str backend"
+    "Tensor? block_table, SymInt max_seqlen_q, SymInt max_seqlen_k, float? softmax_scale, SymInt window_left, "
+    "SymInt window_right, float? softcap, float dropout_p, bool deterministic, str backend"
 )
 
 
@@ -228,11 +235,11 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def attention_backward_op(*args: Any) -> tuple[Tensor, ...]:
     """The backward op; dbias and dsinks are empty where not asked for (an op cannot return None)."""
     operands, options, (out, lse, stats, dout, dlse, dbias, dsinks) = _split(args)
+    promises = _fake_gradients(operands, dbias, dsinks)
     with torch.no_grad():
         grads = runner_for(operands, options).backward(
             operands, Results(out, lse, stats), dout, dlse, dbias=dbias, dsinks=dsinks
         )
-    promises = _fake_gradients(operands, dbias, dsinks)
     return tuple(
         promise if grad is None or promise.numel() == 0 else _like(promise, grad)
         for grad, promise in zip(grads, promises, strict=True)
@@ -241,6 +248,8 @@ def attention_backward_op(*args: Any) -> tuple[Tensor, ...]:
 
 def _fake_gradients(operands: Operands, need_dbias: bool, need_dsinks: bool) -> list[Tensor]:
     query, bias, sinks = operands.query, operands.bias, operands.sinks
+    if operands.block_table is not None:
+        raise UnsupportedError("gradients through a paged cache; attention() and attention_varlen() have them")
     grads = [torch.empty_like(t) for t in operands[:3]]
     grads.append(torch.empty_like(bias) if need_dbias and bias is not None else query.new_empty(0))
     grads.append(torch.empty_like(sinks) if need_dsinks and sinks is not None else query.new_empty(0))
@@ -254,6 +263,9 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    if inputs[_BLOCK_TABLE] is not None and any(ctx.needs_input_grad):
+        with torch.enable_grad():  # which autograd has switched off here
+            check(*_split(inputs)[:2])  # raises, naming the argument
     ctx.save_for_backward(*inputs[:_NUM_OPERANDS], *output)
     ctx.options = inputs[_NUM_OPERANDS:]
     ctx.set_materialize_grads(False)
@@ -353,6 +365,8 @@ def _fold_operands(info: Any, in_dims: Sequence[int | None], operands: Operands)
         raise UnsupportedError(
             "torch.func.vmap over attention_varlen is not supported; put the sequences in cu_seqlens"
         )
+    if operands.block_table is not None:
+        raise UnsupportedError("torch.func.vmap over attention_paged is not supported; put the sequences in its batch")
     if dims["sinks"] is not None:
         raise UnsupportedError("torch.func.vmap over sinks is not supported; only tensors with a batch can be mapped")
     if operands.rng_seed is not None:

@@ -194,6 +194,22 @@ def _packed(operands: Operands, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 
+def _paged(operands: Operands, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """A paged problem, with each sequence's pages laid one after the other: a padded problem with key lengths."""
+    table = operands.block_table
+    assert table is not None
+    num_pages = operands.key.shape[0]
+    # Entries that no key needs may be anything: some page stands in for theirs, and its keys are not seen.
+    pages = table.long().clamp(0, max(num_pages - 1, 0))
+    if num_pages == 0:
+        pages = pages[:, :0]
+    # (num_pages, heads, page_size, d) -> (batch, max_pages, heads, page_size, d) -> (batch, heads, seqlen_k, d)
+    key, value = (t[pages].transpose(1, 2).flatten(2, 3) for t in (operands.key, operands.value))
+    return _dense(operands._replace(key=key, value=value, block_table=None), spec)
+
+
 def attention(operands: Operands, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """``out`` in the query's dtype and ``lse`` (natural logarithm) in float32, or float64 for float64 inputs."""
+    if spec.is_paged:
+        return _paged(operands, spec)
     return (_packed if spec.is_packed else _dense)(operands, spec)

@@ -26,7 +26,12 @@ class UnsupportedError(RuntimeError):
 
 
 class Operands(NamedTuple):
-    """The tensors of one problem. Packed problems carry ``cu_seqlens_*`` and have no batch dimension."""
+    """The tensors of one problem. Packed problems carry ``cu_seqlens_*`` and have no batch dimension.
+
+    Paged problems carry ``block_table``; ``key`` and ``value`` are then a cache of pages, (num_pages, num_kv_heads,
+    page_size, head_dim), and key ``j`` of batch entry ``b`` is row ``j % page_size`` of page
+    ``block_table[b, j // page_size]``.
+    """
 
     query: Tensor
     key: Tensor
@@ -39,6 +44,7 @@ class Operands(NamedTuple):
     alibi_slopes: Tensor | None = None
     sinks: Tensor | None = None
     rng_seed: Tensor | None = None
+    block_table: Tensor | None = None
 
 
 class Options(NamedTuple):
@@ -69,7 +75,7 @@ class AttentionSpec:
     """One attention problem, validated: shapes, strides, dtypes and options, but no data.
 
     Sizes are those of design names: for packed problems ``seqlen_q`` / ``seqlen_k`` are the longest sequences and
-    ``total_q`` / ``total_k`` the packed lengths.
+    ``total_q`` / ``total_k`` the packed lengths; for paged ones ``seqlen_k`` is what a row of the table has room for.
     """
 
     batch: int
@@ -87,11 +93,17 @@ class AttentionSpec:
     softmax_scale: float
     options: Options
     layouts: tuple[Layout | None, ...]  # one an operand, in the order of Operands
+    page_size: int = 0  # keys of a page, 0 where the cache has none
 
     @property
     def group_size(self) -> int:
         """Query heads that share one KV head."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def is_paged(self) -> bool:
+        """Keys and values lie in pages, found through ``block_table``."""
+        return self.page_size > 0
 
     @property
     def lse_shape(self) -> tuple[int, ...]:
@@ -241,35 +253,40 @@ def _check_shape(tensor: Tensor, name: str, *allowed: tuple[int, ...]) -> None:
     )
 
 
-def _check_qkv(operands: Operands, ndim: int, names: str) -> None:
+_NAMES = ("query", "key", "value")
+_PAGED_NAMES = ("query", "k_pages", "v_pages")
+
+
+def _check_qkv(operands: Operands, ndim: int, shapes: str, names: tuple[str, str, str] = _NAMES) -> None:
     query = operands.query
     _check_tensor(query, "query", query, COMPUTE_DTYPES)
-    for name in ("query", "key", "value"):
-        tensor = getattr(operands, name)
+    for name, tensor in zip(names, operands[:3], strict=True):
         _check_tensor(tensor, name, query, (query.dtype,))
-        _require(tensor.dim() == ndim, f"{name} has shape {tuple(tensor.shape)}; allowed: {ndim} dimensions {names}")
+        _require(tensor.dim() == ndim, f"{name} has shape {tuple(tensor.shape)}; allowed: {ndim} dimensions {shapes}")
         _require(
             tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 or tensor.numel() == 0,
             f"{name} has strides {tensor.stride()}; allowed: a contiguous last dimension (call .contiguous())",
         )
 
 
-def _check_sizes(operands: Operands, num_heads: int, num_kv_heads: int) -> None:
-    """What padded and packed problems have in common: heads and head dims."""
+def _check_sizes(operands: Operands, num_heads: int, num_kv_heads: int, names: tuple[str, str, str] = _NAMES) -> None:
+    """What all kinds of problems have in common: heads and head dims."""
     query, key, value = operands.query, operands.key, operands.value
+    _, key_name, value_name = names
     _require(num_heads > 0, f"query has shape {tuple(query.shape)}; allowed: at least one head")
     _require(
         num_kv_heads > 0 and num_heads % num_kv_heads == 0,
-        f"key has {num_kv_heads} heads for a query of {num_heads} heads; allowed: a divisor of {num_heads}",
+        f"{key_name} has {num_kv_heads} heads for a query of {num_heads} heads; allowed: a divisor of {num_heads}",
     )
-    for name, tensor in (("query", query), ("value", value)):
+    for name, tensor in (("query", query), (value_name, value)):
         _require(tensor.shape[-1] > 0, f"{name} has head_dim 0; allowed: at least 1")
     _require(
-        key.shape[-1] == query.shape[-1], f"key has head_dim {key.shape[-1]}; allowed: {query.shape[-1]}, as the query"
+        key.shape[-1] == query.shape[-1],
+        f"{key_name} has head_dim {key.shape[-1]}; allowed: {query.shape[-1]}, as the query",
     )
     _require(
         value.shape[:-1] == key.shape[:-1],
-        f"value has shape {tuple(value.shape)}; allowed: {tuple(key.shape[:-1])} + (head_dim_v,), as the key",
+        f"{value_name} has shape {tuple(value.shape)}; allowed: {tuple(key.shape[:-1])} + (head_dim_v,), as {key_name}",
     )
 
 
@@ -288,6 +305,12 @@ def _check_per_head(operands: Operands, batch: int, num_heads: int) -> None:
         _check_shape(sinks, "sinks", (num_heads,))
 
 
+def _check_lengths(operands: Operands, batch: int) -> None:
+    _check_tensor(operands.seqlens_k, "seqlens_k", operands.query, (torch.int32,))
+    assert operands.seqlens_k is not None
+    _check_shape(operands.seqlens_k, "seqlens_k", (batch,))
+
+
 def _check_dense(operands: Operands) -> None:
     query, key = operands.query, operands.key
     _check_qkv(operands, 4, "(batch, num_heads, seqlen, head_dim)")
@@ -296,8 +319,7 @@ def _check_dense(operands: Operands) -> None:
     _check_sizes(operands, num_heads, key.shape[1])
     seqlen_k = key.shape[2]
     if operands.seqlens_k is not None:
-        _check_tensor(operands.seqlens_k, "seqlens_k", query, (torch.int32,))
-        _check_shape(operands.seqlens_k, "seqlens_k", (batch,))
+        _check_lengths(operands, batch)
     if operands.key_padding_mask is not None:
         _check_tensor(operands.key_padding_mask, "key_padding_mask", query, (torch.bool,))
         _check_shape(operands.key_padding_mask, "key_padding_mask", (batch, seqlen_k))
@@ -307,6 +329,30 @@ def _check_dense(operands: Operands) -> None:
         fits = operands.bias.dim() == 4 and all(n in (1, m) for n, m in zip(operands.bias.shape, full, strict=True))
         _require(fits, f"bias has shape {tuple(operands.bias.shape)}; allowed: broadcastable to {full}")
     _check_per_head(operands, batch, num_heads)
+
+
+def _check_paged(operands: Operands) -> None:
+    query, k_pages, table = operands.query, operands.key, operands.block_table
+    assert table is not None
+    _check_qkv(operands, 4, "(batch, num_heads, seqlen_q, head_dim), in pages (num_pages, ...)", _PAGED_NAMES)
+    batch, num_heads, _, _ = query.shape
+    _check_sizes(operands, num_heads, k_pages.shape[1], _PAGED_NAMES)
+    _require(k_pages.shape[2] > 0, f"k_pages has shape {tuple(k_pages.shape)}; allowed: at least one key in a page")
+    _check_tensor(table, "block_table", query, (torch.int32,))
+    _require(
+        table.dim() == 2 and table.shape[0] == batch,
+        f"block_table has shape {tuple(table.shape)}; allowed: ({batch}, max_pages_per_sequence)",
+    )
+    _check_lengths(operands, batch)
+    for name in ("cu_seqlens_q", "cu_seqlens_k", "key_padding_mask", "bias", "rng_seed"):
+        _require(getattr(operands, name) is None, f"{name} is given with a paged cache; allowed: None")
+    _check_per_head(operands, batch, num_heads)
+    for name, tensor in (*zip(_PAGED_NAMES, operands[:3], strict=True), ("sinks", operands.sinks)):
+        _require(
+            tensor is None or not (torch.is_grad_enabled() and tensor.requires_grad),
+            f"{name} requires grad, which a paged cache does not give; allowed: a tensor without gradient (inference: "
+            "call under torch.no_grad(), or .detach())",
+        )
 
 
 def _check_packed(operands: Operands, options: Options) -> None:
@@ -332,7 +378,9 @@ def _check_packed(operands: Operands, options: Options) -> None:
 
 def check(operands: Operands, options: Options) -> None:
     """Raise ValueError or TypeError if the operands do not make a problem. Works on fake tensors too."""
-    if operands.cu_seqlens_q is None and operands.cu_seqlens_k is None:
+    if operands.block_table is not None:
+        _check_paged(operands)
+    elif operands.cu_seqlens_q is None and operands.cu_seqlens_k is None:
         _check_dense(operands)
     else:
         _check_packed(operands, options)
@@ -342,7 +390,7 @@ def make_spec(operands: Operands, options: Options) -> AttentionSpec:
     """Check the operands and write down everything about them except their data."""
     check(operands, options)
     query, value = operands.query, operands.value
-    is_packed = operands.cu_seqlens_q is not None
+    is_packed, page_size = operands.cu_seqlens_q is not None, 0
     if is_packed:
         assert operands.cu_seqlens_q is not None
         batch = operands.cu_seqlens_q.shape[0] - 1
@@ -352,6 +400,9 @@ def make_spec(operands: Operands, options: Options) -> AttentionSpec:
     else:
         batch, num_heads, seqlen_q, head_dim = query.shape
         _, num_kv_heads, seqlen_k, head_dim_v = value.shape
+        if operands.block_table is not None:
+            page_size = seqlen_k
+            seqlen_k = operands.block_table.shape[1] * page_size
         total_q, total_k = batch * seqlen_q, batch * seqlen_k
     return AttentionSpec(
         batch=batch,
@@ -369,16 +420,29 @@ def make_spec(operands: Operands, options: Options) -> AttentionSpec:
         softmax_scale=head_dim**-0.5 if options.softmax_scale is None else options.softmax_scale,
         options=options,
         layouts=tuple(layout_of(t) for t in operands),
+        page_size=page_size,
     )
 
 
 def check_values(operands: Operands, spec: AttentionSpec) -> None:
-    """Raise ValueError for lengths out of range. Reads the tensors, so only where that does not stall a device."""
+    """Raise ValueError for lengths and pages out of range.
+
+    Reads the tensors, so only where that does not stall a device.
+    """
     if operands.seqlens_k is not None:
         for b, length in enumerate(operands.seqlens_k.tolist()):
             _require(
                 0 <= length <= spec.seqlen_k, f"seqlens_k[{b}] is {length}; allowed: 0 to {spec.seqlen_k} (seqlen_k)"
             )
+    if operands.block_table is not None:
+        assert operands.seqlens_k is not None
+        num_pages = operands.key.shape[0]
+        rows = zip(operands.block_table.tolist(), operands.seqlens_k.tolist(), strict=True)
+        for b, (pages, length) in enumerate(rows):
+            for i, page in enumerate(pages[: -(-length // spec.page_size)]):
+                _require(
+                    0 <= page < num_pages, f"block_table[{b}, {i}] is {page}; allowed: 0 to {num_pages - 1} (num_pages)"
+                )
     for side, total, longest in (("q", spec.total_q, spec.seqlen_q), ("k", spec.total_k, spec.seqlen_k)):
         cu = getattr(operands, f"cu_seqlens_{side}")
         if cu is None:

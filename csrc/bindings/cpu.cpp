@@ -53,6 +53,10 @@ class Plan {
         strides("value", p_.value);
         strides("out", p_.out);
         p_.seqlens_k_stride = number("seqlens_k_stride");
+        p_.page_size = number("page_size");
+        p_.num_pages = number("num_pages");
+        const auto table = fields["block_table"].cast<std::array<int64_t, 2>>();
+        p_.block_table_batch = table[0], p_.block_table_page = table[1];
         const auto mask = fields["key_mask"].cast<std::array<int64_t, 2>>();
         p_.key_mask_batch = mask[0], p_.key_mask_key = mask[1];
         p_.bias.dtype = static_cast<tf::DType>(number("bias_dtype"));
@@ -69,20 +73,20 @@ class Plan {
     // The operands in the order of transformer_fast.spec.Operands, 0 where absent.
     void forward(Address query, Address key, Address value, Address cu_seqlens_q, Address cu_seqlens_k,
                  Address seqlens_k, Address key_mask, Address bias, Address alibi_slopes, Address sinks, uint64_t seed,
-                 Address out, Address lse, Address stats, int num_threads) const {
+                 Address block_table, Address out, Address lse, Address stats, int num_threads) const {
         tf::Problem p = with_operands(query, key, value, cu_seqlens_q, cu_seqlens_k, seqlens_k, key_mask, bias,
-                                      alibi_slopes, sinks, seed, out, lse, stats, num_threads);
+                                      alibi_slopes, sinks, seed, block_table, out, lse, stats, num_threads);
         py::gil_scoped_release release;
         tf::attention_forward(p);
     }
 
     void backward(Address query, Address key, Address value, Address cu_seqlens_q, Address cu_seqlens_k,
                   Address seqlens_k, Address key_mask, Address bias, Address alibi_slopes, Address sinks, uint64_t seed,
-                  Address out, Address lse, Address stats, int num_threads, Address dout, Address dquery, Address dkey,
-                  Address dvalue, Address dlse, Address delta, Address dbias, Strides dout_strides,
-                  Strides dquery_strides, Strides dkey_strides, Strides dvalue_strides) const {
+                  Address block_table, Address out, Address lse, Address stats, int num_threads, Address dout,
+                  Address dquery, Address dkey, Address dvalue, Address dlse, Address delta, Address dbias,
+                  Strides dout_strides, Strides dquery_strides, Strides dkey_strides, Strides dvalue_strides) const {
         tf::Problem p = with_operands(query, key, value, cu_seqlens_q, cu_seqlens_k, seqlens_k, key_mask, bias,
-                                      alibi_slopes, sinks, seed, out, lse, stats, num_threads);
+                                      alibi_slopes, sinks, seed, block_table, out, lse, stats, num_threads);
         p.dout = operand(dout, dout_strides);
         p.dquery = operand(dquery, dquery_strides);
         p.dkey = operand(dkey, dkey_strides);
@@ -99,7 +103,8 @@ class Plan {
   private:
     tf::Problem with_operands(Address query, Address key, Address value, Address cu_seqlens_q, Address cu_seqlens_k,
                               Address seqlens_k, Address key_mask, Address bias, Address alibi_slopes, Address sinks,
-                              uint64_t seed, Address out, Address lse, Address stats, int num_threads) const {
+                              uint64_t seed, Address block_table, Address out, Address lse, Address stats,
+                              int num_threads) const {
         tf::Problem p = p_;
         p.query.data = bytes(query);
         p.key.data = bytes(key);
@@ -107,6 +112,7 @@ class Plan {
         p.cu_seqlens_q = as<const int32_t>(cu_seqlens_q);
         p.cu_seqlens_k = as<const int32_t>(cu_seqlens_k);
         p.seqlens_k = as<const int32_t>(seqlens_k);
+        p.block_table = as<const int32_t>(block_table);
         p.key_mask = as<const uint8_t>(key_mask);
         p.bias.data = bytes(bias);
         p.alibi_slopes = as<const float>(alibi_slopes);

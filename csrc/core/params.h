@@ -48,6 +48,10 @@ struct Problem {
     const int32_t* cu_seqlens_k = nullptr;
     const int32_t* seqlens_k = nullptr;
     int64_t seqlens_k_stride = 1;
+    // Of a paged cache: K and V have a page in place of a batch entry, and the table says which ones are a sequence's.
+    const int32_t* block_table = nullptr;
+    int64_t page_size = 0, num_pages = 0;  // page_size 0: no pages
+    int64_t block_table_batch = 0, block_table_page = 0;
     const uint8_t* key_mask = nullptr;  // True = keep
     int64_t key_mask_batch = 0, key_mask_key = 0;
     Bias bias;
@@ -73,6 +77,10 @@ struct Problem {
     // The factor from a difference of scores to natural units, and to base 2:
     double score_natural() const { return modifies_scores() ? 1.0 : softmax_scale; }
     float score_log2() const { return static_cast<float>(score_natural() * 1.4426950408889634); }
+    // Page `index` of batch entry b.
+    int64_t page_of(int64_t b, int64_t index) const {
+        return block_table[b * block_table_batch + index * block_table_page];
+    }
     int64_t lse_index(int64_t b, int64_t head, int64_t first_row, int64_t row) const {
         return packed ? head * total_q + first_row + row : (b * num_heads + head) * seqlen_q + row;
     }

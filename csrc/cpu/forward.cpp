@@ -1,6 +1,6 @@
 // Forward pass of one query tile: online softmax over blocks of keys (Milakov & Gimelshein 2018; Dao et al. 2022).
 #include "kernels.h"
-#include "tile.h"
+#include "key_rows.h"
 
 namespace tf {
 namespace TF_ISA {
@@ -22,6 +22,7 @@ template <class E>
 struct ForwardScratch {
     BiasScratch bias;
     float *query_t, *scores, *out_t, *staged_rows, *staged_key, *staged_value, *row_max, *row_sum;
+    char *gathered_key, *gathered_value;  // rows out of several pages
 
     ForwardScratch(const Problem& p, Arena& arena) : bias(p, arena) {
         query_t = arena.floats(round_up(E::elements(p.head_dim), 4) * kRows);
@@ -32,6 +33,9 @@ struct ForwardScratch {
         staged_value = arena.floats(kKeys * round_up(p.head_dim_v, 4));
         row_max = arena.floats(kRows);
         row_sum = arena.floats(kRows);
+        const int64_t gathered = p.page_size > 0 ? kKeys : 0;
+        gathered_key = reinterpret_cast<char*>(arena.floats(gathered * ceil_div(p.head_dim * E::kSize, 4)));
+        gathered_value = reinterpret_cast<char*>(arena.floats(gathered * ceil_div(p.head_dim_v * E::kSize, 4)));
     }
 };
 
@@ -57,7 +61,7 @@ class Forward : ForwardScratch<E> {
   private:
     using Scratch = ForwardScratch<E>;
     using Scratch::query_t, Scratch::scores, Scratch::out_t, Scratch::staged_rows, Scratch::staged_key;
-    using Scratch::staged_value, Scratch::row_max, Scratch::row_sum;
+    using Scratch::staged_value, Scratch::row_max, Scratch::row_sum, Scratch::gathered_key, Scratch::gathered_value;
 
     const Problem& p;
     QueryTile tile;
@@ -78,16 +82,39 @@ class Forward : ForwardScratch<E> {
     }
 
     KeyBlock load_block(int64_t n0, int64_t n1, bool hides) {
-        const int64_t batch = p.packed ? 0 : tile.s.index, keys = n1 - n0;
-        const char* key = row_of(p.key, E::kSize, batch, tile.kv_head, tile.s.first_key + n0);
-        const char* value = row_of(p.value, E::kSize, batch, tile.kv_head, tile.s.first_key + n0);
-        KeyBlock block{n0, key, value, p.key.row * E::kSize, p.value.row * E::kSize, false};
+        const int64_t keys = n1 - n0;
+        KeyBlock block = find_block(n0, n1);
         for (int64_t j = 0; hides && j < keys && !block.dirty; ++j) {
-            block.dirty = !row_is_finite(E::kType, value + j * block.value_stride, p.head_dim_v);
+            block.dirty = !row_is_finite(E::kType, block.value + j * block.value_stride, p.head_dim_v);
         }
         stage_depth<E>(keys, p.head_dim, block.key, block.key_stride, staged_key);
         stage_by_keys<E>(keys, p.head_dim_v, block.dirty, block.value, block.value_stride, staged_value);
         return block;
+    }
+
+    // K and V where they lie; rows of several pages are brought together first.
+    KeyBlock find_block(int64_t n0, int64_t n1) const {
+        KeyBlock block{n0, gathered_key, gathered_value, pitch(p.head_dim), pitch(p.head_dim_v), false};
+        for_each_run(p, tile.s, n0, n1, [&](const Run& run) {
+            const char* key = run.of(p.key, E::kSize, tile.kv_head);
+            const char* value = run.of(p.value, E::kSize, tile.kv_head);
+            if (run.count == n1 - n0) {
+                block = {n0, key, value, p.key.row * E::kSize, p.value.row * E::kSize, false};
+                return;
+            }
+            gather(key, p.key.row, run, n0, p.head_dim, gathered_key);
+            gather(value, p.value.row, run, n0, p.head_dim_v, gathered_value);
+        });
+        return block;
+    }
+
+    static int64_t pitch(int64_t columns) { return round_up(columns * E::kSize, 4); }  // bytes of a gathered row
+
+    static void gather(const char* rows, int64_t stride, const Run& run, int64_t n0, int64_t columns, char* gathered) {
+        for (int64_t j = 0; j < run.count; ++j) {
+            std::memcpy(gathered + (run.first - n0 + j) * pitch(columns), rows + j * stride * E::kSize,
+                        static_cast<size_t>(columns * E::kSize));
+        }
     }
 
     // Keys [k0, k1) of a block for vectors [v0, v0 + count).
@@ -209,9 +236,8 @@ class Forward : ForwardScratch<E> {
 
     // The NaN and Inf of a dirty block, for the rows that do see them (their probability is not 0).
     __attribute__((noinline)) void add_dirty_values(int v0, int count, int64_t k0, int64_t k1) {
-        const int64_t batch = p.packed ? 0 : tile.s.index;
         for (int64_t j = k0; j < k1; ++j) {
-            const char* row = row_of(p.value, E::kSize, batch, tile.kv_head, tile.s.first_key + j);
+            const char* row = key_row(p, tile.s, p.value, tile.kv_head, j);
             if (row_is_finite(E::kType, row, p.head_dim_v)) continue;
             for (int64_t d = 0; d < p.head_dim_v; ++d) {
                 const float value = scalar_at(E::kType, row + d * E::kSize);

@@ -38,6 +38,8 @@ _DROPOUT = _selection("test_ops test_conformance", _PORTABLE)
 _OPS = _selection("test_ops", "not opcheck and not compiled and not finite and not exported")
 _OPCHECK = _selection("test_ops", "opcheck or fake")
 _AUTOCAST = _selection("test_ops", "autocast and not compiled")
+_PAGED = _selection("test_paged", "paged")
+_PAGES = _selection("test_conformance test_paged", f"paged and {_PORTABLE} or pages")
 _LAYOUT = _selection("test_cpu_native test_ops test_conformance", f"views or order or ({_PORTABLE})")
 
 _CORE, _CPU, _HOST = "csrc/core/", "csrc/cpu/", "csrc/cpu/host/"
@@ -179,12 +181,12 @@ ADAPTER = [
           "(0, *slopes.stride)[-2:]", "(0, *slopes.stride)[:2]", _KERNEL),
     Fault("adapter: statistics and lse swapped", _PACKAGE + "backends/cpu.py",
           "*map(_pointer, (out, lse, stats)),", "*map(_pointer, (out, stats, lse)),", _KERNEL),
-    Fault("adapter: sign of dsinks", _PACKAGE + "backends/cpu.py",
-          "sink_grad = -(share", "sink_grad = (share", _KERNEL),
+    Fault("adapter: sign of dsinks", _PACKAGE + "backends/gradients.py",
+          "return -(share", "return (share", _KERNEL),
     Fault("adapter: gradient of lse not made contiguous", _PACKAGE + "backends/cpu.py",
           "dlse.to(torch.float32).contiguous()", "dlse.to(torch.float32)", _LAYOUT),
-    Fault("adapter: expanded gradient of out taken as it is", _PACKAGE + "backends/cpu.py",
-          "if dout.stride(-1) != 1 and dout.shape[-1] > 1:", "if False:", _KERNEL),
+    Fault("adapter: expanded gradient of out taken as it is", _PACKAGE + "backends/gradients.py",
+          "if dout.stride(-1) != 1 and dout.shape[-1] > 1 else", "if False else", _KERNEL),
     Fault("memory order: heads before rows for everybody", _PACKAGE + "layout.py",
           "if stride[1] < stride[2]:", "if False:", _OPS),
 ]  # fmt: skip
@@ -198,7 +200,8 @@ PYTHON = [
     Fault("spec: strided rows not refused", _PACKAGE + "spec.py",
           "tensor.stride(-1) == 1 or", "True or tensor.stride(-1) == 1 or", _ROWS),
     Fault("spec: int64 key lengths let through", _PACKAGE + "spec.py",
-          '"seqlens_k", query, (torch.int32,)', '"seqlens_k", query, (torch.int32, torch.int64)', _ROWS),
+          '"seqlens_k", operands.query, (torch.int32,)', '"seqlens_k", operands.query, (torch.int32, torch.int64)',
+          _ROWS),
     Fault("spec: dropout of everything let through", _PACKAGE + "spec.py",
           "0.0 <= dropout_p < 1.0", "0.0 <= dropout_p <= 1.0", _ROWS),
     Fault("spec: the reference does not look at key lengths", _PACKAGE + "spec.py",
@@ -240,4 +243,32 @@ PYTHON = [
           _selection("test_conformance", "plain_computation")),
 ]  # fmt: skip
 
-FAULTS = [*MASK, *SOFTMAX, *OPTIONS, *BACKWARD, *ADAPTER, *PYTHON]
+PAGED = [
+    Fault("paged: a run of keys goes on past its page", _CPU + "key_rows.h",
+          "min_of(end - begin, p.page_size - row)", "end - begin", _PAGES),
+    Fault("paged: counted from a sequence's first page", _CPU + "key_rows.h",
+          "int64_t index = begin / p.page_size,", "int64_t index = 0,", _PAGES),
+    Fault("paged: a run begins at its page's first row", _CPU + "key_rows.h",
+          "row = begin % p.page_size;", "row = 0;", _PAGES),
+    Fault("paged: every entry of a table beside the one before", _CORE + "params.h",
+          "index * block_table_page", "index", _PAGES),
+    Fault("paged: the first sequence's table for all", _CORE + "params.h", "b * block_table_batch + ", "", _PAGES),
+    Fault("paged: pages brought together one over the other", _CPU + "forward.cpp",
+          "(run.first - n0 + j) * pitch(columns)", "j * pitch(columns)", _PAGES),
+    Fault("paged: NaN in a value taken from another page", _CPU + "key_rows.h",
+          "for_each_run(p, s, j, j + 1,", "for_each_run(p, s, 0, 1,", _selection("test_paged", "dirty")),
+    Fault("paged: the page after the last one let through", _HOST + "sequences.cpp",
+          "page < p.num_pages)", "page <= p.num_pages)", _PAGED),
+    Fault("paged: entries past a sequence's keys looked at", _HOST + "sequences.cpp",
+          "i < ceil_div(s.len_k, p.page_size)", "i < p.seqlen_k / p.page_size", _PAGES),
+    Fault("paged: the reference does not look at the table", _PACKAGE + "spec.py",
+          "0 <= page < num_pages,", "True,", _PAGED),
+    Fault("paged: a query that requires grad remembered as right", _PACKAGE + "ops.py",
+          "operands.block_table is not None and _takes_gradient(operands),", "False,", _PAGED),
+    Fault("paged: the op takes what requires grad", _PACKAGE + "ops.py",
+          "with torch.enable_grad():  # which", "if True:  # which", _PAGED),
+    Fault("paged: autocast copies the cache", _PACKAGE + "ops.py",
+          'names, dtype = ("query",), operands.key.dtype', "pass", _PAGED),
+]  # fmt: skip
+
+FAULTS = [*MASK, *SOFTMAX, *OPTIONS, *BACKWARD, *ADAPTER, *PYTHON, *PAGED]

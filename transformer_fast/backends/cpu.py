@@ -72,9 +72,9 @@ class CpuRunner(Runner):
     def _fields(self, spec: AttentionSpec) -> dict[str, Any]:
         options = spec.options
         left, right = masks.bounds(options.window_left, options.window_right)
-        query, key, value, bias, slopes, sinks, key_mask, seqlens_k = (
-            spec.layout(name)
-            for name in ("query", "key", "value", "bias", "alibi_slopes", "sinks", "key_padding_mask", "seqlens_k")
+        query, key, value, bias, slopes, sinks, key_mask, seqlens_k, block_table = map(
+            spec.layout,
+            ("query", "key", "value", "bias", "alibi_slopes", "sinks", "key_padding_mask", "seqlens_k", "block_table"),
         )
         assert query is not None and key is not None and value is not None
         return {
@@ -104,6 +104,9 @@ class CpuRunner(Runner):
             "value": row_strides(value.stride, self.packed),
             "out": row_strides(self.out_stride, self.packed),
             "seqlens_k_stride": 1 if seqlens_k is None else seqlens_k.stride[0],
+            "page_size": spec.page_size,
+            "num_pages": key.shape[0] if spec.is_paged else 0,
+            "block_table": (0, 0) if block_table is None else tuple(block_table.stride),
             "key_mask": (0, 0) if key_mask is None else tuple(key_mask.stride),
             "bias_dtype": 0 if bias is None else _DTYPES[bias.dtype],
             "bias": (0, 0, 0, 0) if bias is None else broadcast_strides(bias.shape, bias.stride),
@@ -114,9 +117,9 @@ class CpuRunner(Runner):
         }
 
     def _pointers(self, operands: Operands) -> tuple[int, ...]:
-        *tensors, seed, _ = operands
+        *tensors, seed, block_table = operands
         pointers = [0 if t is None else t.data_ptr() for t in tensors]
-        return (*pointers, 0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF)
+        return (*pointers, 0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF, _pointer(block_table))
 
     def forward(self, operands: Operands, *, need_lse: bool, need_stats: bool) -> Results:
         # The device is named, or torch.set_default_device would choose it.
@@ -175,13 +178,12 @@ class CpuBackend(Backend):
             return f"the tensors are on {spec.device}, this back end computes on cpu"
         if spec.dtype not in _DTYPES:
             return f"dtype {str(spec.dtype).removeprefix('torch.')}; it computes float32, bfloat16 and float16"
-        if spec.is_paged:
-            return "a paged cache; not yet"
         return None
 
     def path(self, spec: AttentionSpec) -> str:
         plan = CpuRunner(spec).plan
         way = "split-KV decode" if plan.takes_decode_path() else "tiled forward"
+        way += " through a block table" if spec.is_paged else ""
         return f"{way}, {_C_cpu.current_isa()}, {torch.get_num_threads()} threads"
 
     def prepare(self, spec: AttentionSpec) -> Runner:

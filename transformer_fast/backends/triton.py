@@ -1,6 +1,7 @@
 """The Triton back end: ``transformer_fast.kernels`` on NVIDIA GPUs, or on CPU tensors in Triton's interpreter.
 
-Forward only so far; gradients are the reference's. Nothing here has run on a GPU yet, so "auto" does not choose it.
+Nothing here has run on a GPU yet, so "auto" does not choose it: the kernels were run in the interpreter and their
+machine code was inspected.
 """
 
 from __future__ import annotations
@@ -22,12 +23,11 @@ from .base import Backend, Gradients, Info, Results, Runner
 from .gradients import as_saved, sinks_gradient, with_contiguous_columns
 
 if TYPE_CHECKING:
-    from ..kernels.configs import Machine
+    from ..kernels import configs
     from .triton_launch import Launch
     from .triton_repeat import Repeat, Tensors
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MAX_HEAD_DIM = 512
 
 
 @cache
@@ -41,19 +41,19 @@ def _is_interpreted() -> bool:
 
 
 @cache
-def _machine(device: torch.device) -> Machine:
+def _machine(device: torch.device) -> configs.Machine:
     """What the table of configurations is chosen by.
 
     The interpreter plays a machine with tensor descriptors, or one without where TRANSFORMER_FAST_TRITON_CAPABILITY
     says 80.
     """
-    from ..kernels.configs import Machine
+    from ..kernels import configs
 
     if device.type != "cuda":
         capability = int(os.environ.get("TRANSFORMER_FAST_TRITON_CAPABILITY", "90"))
-        return Machine(capability, num_sms=4, l2_bytes=1 << 20, is_interpreted=True)
+        return configs.Machine(capability, num_sms=4, l2_bytes=1 << 20, is_interpreted=True)
     found = torch.cuda.get_device_properties(device)
-    return Machine(found.major * 10 + found.minor, found.multi_processor_count, found.L2_cache_size)
+    return configs.Machine(found.major * 10 + found.minor, found.multi_processor_count, found.L2_cache_size)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -82,7 +82,7 @@ class TritonRunner(Runner):
 
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__(spec)
-        from .triton_launch import Planner
+        from .triton_plan import Planner
 
         _set_allocator()
         query = spec.layout("query")
@@ -171,24 +171,35 @@ class TritonBackend(Backend):
             reason = "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, for tests)"
             return Info(self.name, False, reason, _version())
         way = "interpreter" if _is_interpreted() else torch.cuda.get_device_name()
-        return Info(self.name, True, None, _version(), {"runs on": way, "gradients": "by the reference"})
+        return Info(self.name, True, None, _version(), {"runs on": way})
 
     def supports(self, spec: AttentionSpec) -> str | None:
         wanted = "cpu" if _is_interpreted() else "cuda"
         if spec.device.type != wanted:
             return f"the tensors are on {spec.device}, this back end computes on {wanted}"
-        if spec.is_paged:
-            return "a paged cache; not yet"
         if spec.dtype not in _DTYPES:
             return f"dtype {str(spec.dtype).removeprefix('torch.')}; it computes float32, bfloat16 and float16"
-        if max(spec.head_dim, spec.head_dim_v) > _MAX_HEAD_DIM:
-            return f"head_dim {max(spec.head_dim, spec.head_dim_v)}; it computes up to {_MAX_HEAD_DIM}"
+        head_dim = max(spec.head_dim, spec.head_dim_v)
         if max(spec.total_q, spec.total_k, spec.seqlen_q, spec.seqlen_k) >= 2**30:
             return "2**30 or more tokens; its positions are 32-bit"
+        if spec.num_heads * spec.total_q >= 2**31:
+            return "2**31 or more rows over all heads; it counts them in 32 bits"
+        machine = _machine(spec.device)
+        if machine.capability < 80:
+            return f"compute capability {machine.capability / 10}; it computes on 8.0 and later"
+        from ..kernels import configs
+
+        largest = configs.largest_head_dim(machine, spec.dtype.itemsize)
+        if head_dim > largest:
+            return f"head_dim {head_dim}; it computes up to {largest}"
         return None
 
     def path(self, spec: AttentionSpec) -> str:
-        return "tiled forward in Triton, gradients by the reference" + (" (interpreted)" if _is_interpreted() else "")
+        from .triton_plan import Planner
+
+        planner = Planner(spec, _machine(spec.device), _precision(spec.dtype))
+        way = "split-KV decode" if planner.splits > 1 else "decode" if planner.phase == "decode" else "tiled forward"
+        return f"{way} in Triton" + (" (interpreted)" if _is_interpreted() else "")
 
     def prepare(self, spec: AttentionSpec) -> Runner:
         return TritonRunner(spec)

@@ -40,6 +40,7 @@ class ReportCase:
     num_heads: int = 32
     num_kv_heads: int = 8
     packed: bool = False
+    page_size: int = 0
     tensors: tuple[str, ...] = ()  # optional operands, by name
     options: dict[str, Any] = field(default_factory=dict)
     phases: tuple[str, ...] | None = None  # those to compile; all by default
@@ -63,6 +64,11 @@ CASES = (
     ),
     ReportCase("bf16 128 full", num_kv_heads=32),
     ReportCase("bf16 128 packed", packed=True, options=_CAUSAL),
+    # A page to a block or more, and pages so small that each row of a block is looked up.
+    *(
+        ReportCase(f"bf16 128 pages of {n}", seqlen_q=1, page_size=n, tensors=("seqlens_k",), phases=("decode",))
+        for n in (16, 128)
+    ),
     # As gpt-oss and Gemma 2 have it.
     ReportCase("bf16 64 sinks", 64, tensors=("sinks",), options={"causal": True, "window_size": (127, 0)}),
     ReportCase("bf16 256 softcap", 256, options={"causal": True, "window_size": (4095, 0), "softcap": 50.0}),
@@ -89,6 +95,12 @@ def make_case_spec(case: ReportCase) -> AttentionSpec:
         shape = (batch * length, heads, case.head_dim) if case.packed else (batch, heads, length, case.head_dim)
         return meta(*shape, dtype=case.dtype)
 
+    def keys() -> Tensor:
+        if not case.page_size:
+            return tokens(case.num_kv_heads, seqlen_k)
+        pages = batch * seqlen_k // case.page_size
+        return meta(pages, case.num_kv_heads, case.page_size, case.head_dim, dtype=case.dtype)
+
     optional = {
         "cu_seqlens_q": meta(batch + 1, dtype=torch.int32),
         "cu_seqlens_k": meta(batch + 1, dtype=torch.int32),
@@ -98,14 +110,16 @@ def make_case_spec(case: ReportCase) -> AttentionSpec:
         "alibi_slopes": meta(case.num_heads),
         "sinks": meta(case.num_heads),
         "rng_seed": meta(dtype=torch.int64),
+        "block_table": meta(batch, seqlen_k // max(1, case.page_size), dtype=torch.int32),
     }
     names = case.tensors
     names += ("cu_seqlens_q", "cu_seqlens_k") if case.packed else ()
+    names += ("block_table",) if case.page_size else ()
     names += ("rng_seed",) if "dropout_p" in case.options else ()
     operands = Operands(
         tokens(case.num_heads, case.seqlen_q),
-        tokens(case.num_kv_heads, seqlen_k),
-        tokens(case.num_kv_heads, seqlen_k),
+        keys(),
+        keys(),
         **{name: optional[name] for name in names},
     )
     return make_spec(operands, parse_options(**case.options, **packed_options))
@@ -125,7 +139,7 @@ class Job:
 
 def launches(case: ReportCase, capability: int) -> list[Any]:
     """What the back end would launch for a case, as far as it is to be compiled."""
-    from transformer_fast.backends.triton_launch import plan_launches
+    from transformer_fast.backends.triton_plan import plan_launches
 
     planned = plan_launches(make_case_spec(case), capability)
     return [launch for launch in planned if case.phases is None or launch.phase in case.phases]

@@ -45,7 +45,10 @@ def random_case(rng: Random, *, max_seqlen: int = 160, max_head_dim: int = 160) 
         layout=rng.choice(LAYOUTS),
         key_growth=rng.choice((1.0, 1.0, 4.0)),
     )
-    options |= _packed(rng, max_seqlen) if rng.random() < 0.3 else _padded(rng, max_seqlen)
+    kind = rng.random()
+    options |= (_packed if kind < 0.3 else _paged if kind < 0.45 else _padded)(rng, max_seqlen)
+    if options.get("page_size") is not None and options["poison"]:
+        options["shared_pages"] = 0  # what one sequence sees, another does not
     if options.get("seqlens_q") is not None and options["layout"] not in ("contiguous", "heads_last", "gaps"):
         options["layout"] = "gaps"  # the other two speak of a batch dimension
     return Case("random", f"random_{rng.getrandbits(32):08x}", **options)
@@ -76,6 +79,23 @@ def _padded(rng: Random, max_seqlen: int) -> dict[str, Any]:
         padding=rng.choice((None, None, None, *PADDINGS)),
         bias=rng.choice((None, None, None, *BIAS_KINDS)),
         bias_form=rng.choice(BIAS_FORMS),
+    )
+
+
+def _paged(rng: Random, max_seqlen: int) -> dict[str, Any]:
+    batch = rng.choice((1, 2, 3))
+    seqlen_k = _size(rng, max_seqlen)
+    return dict(
+        batch=batch,
+        seqlen_q=rng.choice((1, 1, rng.randint(1, 8), _size(rng, max_seqlen))),
+        seqlen_k=seqlen_k,
+        seqlens_k=tuple(rng.choice((0, 1, seqlen_k, rng.randint(0, seqlen_k))) for _ in range(batch)),
+        page_size=rng.choice((1, 7, 16, 64, _size(rng, max_seqlen))),
+        shared_pages=rng.choice((0, 0, 1, 3)),
+        layout=rng.choice(("contiguous", "heads_last", "gaps", "sequence_first")),
+        dropout_p=0.0,
+        deterministic=False,
+        lse_gradient=False,
     )
 
 

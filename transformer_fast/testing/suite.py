@@ -7,6 +7,7 @@ from typing import Any
 from transformer_fast.testing.cases import BIAS_FORMS, Case
 
 ODD_SIZES = (1, 17, 63, 129)
+PAGE_SIZES = (1, 7, 16, 64, 128, 256)
 HEAD_DIMS = (1, 17, 40, 63, 64, 80, 96, 128, 129, 256, 320)
 
 
@@ -25,6 +26,7 @@ def standard_cases() -> list[Case]:
         *_head_dims(),
         *_decode(),
         *_packed(),
+        *_paged(),
         *_layouts(),
         *_poisoned(),
         *_combinations(),
@@ -280,6 +282,65 @@ def _packed() -> list[Case]:
         packed_head_dim=dict(unlike, head_dim=80, head_dim_v=17),
         packed_one=dict(seqlens_q=(129,), seqlens_k=(129,), causal=True),
     )
+
+
+def _paged() -> list[Case]:
+    """A cache in pages of every size, for one row, for a few and for many, then each option with it."""
+    grouped: dict[str, Any] = dict(num_heads=4, num_kv_heads=2, causal=True)
+    decode: dict[str, Any] = dict(grouped, batch=4, seqlen_q=1, seqlen_k=150, seqlens_k=(150, 0, 1, 77), page_size=16)
+    prefill: dict[str, Any] = dict(grouped, batch=3, seqlen_q=40, seqlen_k=210, seqlens_k=(200, 57, 40), page_size=16)
+    core = {(7, 1), (16, 1), (16, 4), (7, 40), (64, 40)}
+    cases = []
+    for size in PAGE_SIZES:
+        # Nothing, one key, whole pages, one key more and one less; a table that is full and entries to spare.
+        lengths = (2 * size + 1, 0, 1, 2 * size, max(3 * size - 1, 90))
+        sizes: dict[str, Any] = dict(grouped, batch=5, seqlen_k=max(lengths), seqlens_k=lengths, page_size=size)
+        cases += [
+            Case("paged", f"paged_{size}_rows_{rows}", seqlen_q=rows, core=(size, rows) in core, **sizes)
+            for rows in (1, 4, 40)
+        ]
+    for name, of in (("decode", decode), ("prefill", prefill)):
+        cases += _named(
+            "paged",
+            **{
+                f"paged_{name}_full": dict(of, causal=False),
+                f"paged_{name}_window": dict(of, window_size=(30, 2), causal=False),
+                f"paged_{name}_window_poison": dict(of, window_size=(20, None), poison=True, core=True),
+                f"paged_{name}_alibi": dict(of, alibi="batch_heads"),
+                f"paged_{name}_softcap_sinks": dict(of, softcap=5.0, sinks="some_minus_inf"),
+                f"paged_{name}_heads_last": dict(of, layout="heads_last", core=True),
+                f"paged_{name}_gaps": dict(of, layout="gaps", core=True),
+                f"paged_{name}_pages_last": dict(of, layout="sequence_first"),
+                f"paged_{name}_shared": dict(of, shared_pages=3, core=True),
+                f"paged_{name}_head_dims": dict(of, head_dim=63, head_dim_v=17),
+                f"paged_{name}_growing_maximum": dict(of, key_growth=8.0),
+            },
+        )
+    # Long enough for several chunks a sequence, which begin and end inside pages; the last with many rows a chunk.
+    cases += _named(
+        "paged",
+        paged_decode_long=dict(
+            batch=2, num_heads=8, num_kv_heads=2, head_dim=128, seqlen_q=1, seqlen_k=1500, seqlens_k=(1490, 1001),
+            page_size=16, causal=True, layout="heads_last", core=True,
+        ),
+        paged_decode_long_window=dict(
+            batch=2, num_heads=2, seqlen_q=1, seqlen_k=1500, seqlens_k=(1490, 1001), page_size=7, causal=True,
+            window_size=(700, None),
+        ),
+        paged_few_rows_long=dict(
+            batch=1, num_heads=4, num_kv_heads=1, seqlen_q=9, seqlen_k=2200, seqlens_k=(2150,), page_size=64,
+            causal=True,
+        ),
+        paged_gpt_oss=dict(
+            batch=2, num_heads=8, num_kv_heads=1, head_dim=64, seqlen_q=33, seqlen_k=300, seqlens_k=(300, 129),
+            page_size=64, causal=True, window_size=(127, 0), sinks="finite", layout="heads_last",
+        ),
+        paged_nothing=dict(batch=2, seqlen_q=3, seqlen_k=32, seqlens_k=(0, 0), page_size=16, sinks="finite"),
+        paged_no_table=dict(batch=2, seqlen_q=3, seqlen_k=0, seqlens_k=(0, 0), page_size=16),
+        paged_no_rows=dict(batch=2, seqlen_q=0, seqlen_k=20, seqlens_k=(20, 3), page_size=16),
+        paged_no_batch=dict(batch=0, seqlen_q=2, seqlen_k=20, seqlens_k=(), page_size=16),
+    )  # fmt: skip
+    return cases
 
 
 def _layouts() -> list[Case]:

@@ -28,6 +28,16 @@ void check_cumulative(const char* name, const int32_t* cu, int64_t batch, int64_
                                     ", the packed length");
 }
 
+void check_pages(const Problem& p, const Sequence& s) {
+    for (int64_t i = 0; i < ceil_div(s.len_k, p.page_size); ++i) {
+        const int64_t page = p.page_of(s.index, i);
+        if (0 <= page && page < p.num_pages) continue;  // no message is formed for what is right: there are many
+        require(false, "block_table[" + std::to_string(s.index) + ", " + std::to_string(i) + "] is " +
+                           std::to_string(page) + "; allowed: 0 to " + std::to_string(p.num_pages - 1) +
+                           " (num_pages)");
+    }
+}
+
 // Narrow [start, end) to the first and last kept key, and say whether keys between them are hidden.
 void apply_key_mask(const Problem& p, Sequence& s) {
     const uint8_t* row = p.key_mask + s.index * p.key_mask_batch;
@@ -60,6 +70,7 @@ std::vector<Sequence> make_sequences(const Problem& p) {
                                                                std::to_string(s.len_k) + "; allowed: 0 to " +
                                                                std::to_string(p.seqlen_k) + " (seqlen_k)");
         }
+        if (p.page_size > 0) check_pages(p, s);
         s.mask = {0, s.len_k, s.len_k - s.len_q, p.left, p.right};
         s.holes = false;
         if (p.key_mask != nullptr) apply_key_mask(p, s);

@@ -7,7 +7,7 @@
 
 namespace tf {
 
-// Throws std::invalid_argument for lengths out of range.
+// Throws std::invalid_argument for lengths and pages out of range.
 std::vector<Sequence> make_sequences(const Problem&);
 
 // Reads a dense boolean mask once and keeps what the kernels need of it: an interval a row.

@@ -1,0 +1,71 @@
+"""Tuning: it times, keeps and is obeyed. What it finds in the interpreter means nothing but that it works."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformer_fast.kernels import configs
+
+from transformer_fast import UnsupportedError, attention, ops
+from transformer_fast.backends import triton_tuning
+from transformer_fast.backends.triton import _machine
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "folder" / "tuning.json"
+    monkeypatch.setenv(triton_tuning.CACHE_VARIABLE, str(path))
+    ops._runners.clear()
+    return path
+
+
+def test_what_is_found_is_kept_and_used(file: Path) -> None:
+    x = torch.randn(1, 2, 100, 16)
+    ratios = triton_tuning.tune(x, x, x, repeats=1, causal=True)
+    assert set(ratios) == {"forward", "dkdv", "dq"}
+    assert all(len(times) > 1 and next(iter(times.values())) == 1.0 for times in ratios.values())
+    known = json.loads(file.read_text())
+    assert len(known) == 3
+
+    machine = _machine(x.device)
+    row = configs.config_for(machine, "forward", 16, 4)
+    other = row._replace(block_n=32)
+    key = next(key for key in known if "forward" in key)
+    file.write_text(json.dumps(known | {key: list(other)}))
+    triton_tuning._findings.cache_clear()
+    assert triton_tuning.found(machine, "forward", 16, 4) == other
+    assert triton_tuning.found(machine, "forward", 200, 4) is None
+    torch.testing.assert_close(
+        attention(x, x, x, causal=True, backend="triton"), attention(x, x, x, causal=True, backend="reference")
+    )
+
+
+def test_candidates_begin_with_the_row_and_differ() -> None:
+    for capability in (80, 86, 90, 100):
+        machine = configs.Machine(capability, 100, 50 << 20)
+        for phase in ("forward", "decode", "dq"):
+            for head_dim in configs.HEAD_DIMS:
+                for itemsize in (2, 4):
+                    found = configs.candidates(machine, phase, head_dim, itemsize)
+                    assert found[0] == configs.config_for(machine, phase, head_dim, itemsize)
+                    assert len(set(found)) == len(found)
+
+
+def test_what_cannot_be_tuned_is_said(file: Path) -> None:
+    x = torch.randn(1, 2, 9, 8, dtype=torch.float64)
+    with pytest.raises(UnsupportedError, match="float64"):
+        triton_tuning.tune(x, x, x)
+
+
+def test_the_number_of_splits() -> None:
+    """One where the tiles fill the machine; never parts of MIN_SPLIT_BLOCKS blocks or fewer; else the waves filled."""
+    assert configs.num_splits(jobs=106, slots=132, blocks=1000) == 1
+    for blocks in range(1, 200):
+        splits = configs.num_splits(jobs=8, slots=132, blocks=blocks)
+        assert splits == 1 or blocks // splits > configs.MIN_SPLIT_BLOCKS
+    assert configs.num_splits(jobs=8, slots=132, blocks=9) == 1
+    assert configs.num_splits(jobs=1, slots=132, blocks=10_000) > 100
+    assert configs.num_splits(jobs=64, slots=132, blocks=10_000) == 2

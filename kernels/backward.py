@@ -89,7 +89,7 @@ def attention_backward_dkdv_kernel(
         v = load_block(
             value_source, problem, batch, kv_head, first_key, n, len_k, 0, HEAD_DIM_V, BLOCK_N, BLOCK_DV, TMA
         )
-        EXACT: tl.constexpr = k.dtype == tl.float32
+        EXACT: tl.constexpr = (k.dtype == tl.float32) or MODIFIED
         factor = base2_factor(problem, MODIFIED)
         dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
@@ -171,7 +171,7 @@ def attention_backward_dq_kernel(
             packed_addresses(dout, problem, batch, first_query, positions, heads, columns_v),
             mask=in_tile[:, None] & (columns_v < HEAD_DIM_V)[None, :], other=0.0,
         )  # fmt: skip
-        EXACT: tl.constexpr = q.dtype == tl.float32
+        EXACT: tl.constexpr = (q.dtype == tl.float32) or MODIFIED
         HAS_HOLES: tl.constexpr = (problem.key_mask is not None) or (problem.bias is not None)
         factor = base2_factor(problem, MODIFIED)
         at = row_numbers_at(problem, batch, first_query, heads) + positions
@@ -232,20 +232,21 @@ def attention_backward_dbias_kernel(
 ):  # fmt: skip
     """The gradient of one block of the bias a program, summed over everything that the bias broadcasts over (ONE_*).
 
-    Grid: (blocks of keys or 1, blocks of rows or 1, batches or 1 times heads or 1).
+    Grid: (batches or 1 times heads or 1, blocks of rows or 1, blocks of keys or 1).
     """
-    entry, member = tl.program_id(2) * 0, tl.program_id(2)
+    entry, member = tl.program_id(0) * 0, tl.program_id(0)
     if not ONE_HEAD:
-        entry, member = tl.program_id(2) // heads, tl.program_id(2) % heads
+        entry, member = tl.program_id(0) // heads, tl.program_id(0) % heads
     elif not ONE_BATCH:
-        entry, member = tl.program_id(2), tl.program_id(2) * 0
+        entry, member = tl.program_id(0), tl.program_id(0) * 0
     row_begin, row_end = tl.program_id(1) * BLOCK_M, tl.program_id(1) * BLOCK_M + 1
     if ONE_ROW:
         row_end = problem.seqlen_q
-    key_begin, key_end = tl.program_id(0) * BLOCK_N, tl.program_id(0) * BLOCK_N + 1
+    key_begin, key_end = tl.program_id(2) * BLOCK_N, tl.program_id(2) * BLOCK_N + 1
     if ONE_KEY:
         key_end = problem.seqlen_k
     factor = base2_factor(problem, MODIFIED)
+    EXACT: tl.constexpr = (query.data.dtype.element_ty == tl.float32) or MODIFIED
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for b in tl.range(0 if ONE_BATCH else entry, batches if ONE_BATCH else entry + 1, disable_licm=True):
         first_query, first_key, len_q, len_k = sequence(problem, b)
@@ -278,7 +279,7 @@ def attention_backward_dbias_kernel(
                     _kept, _inner, ds = gradient_of_scores(
                         tl.dot(q, k.T, input_precision=PRECISION), tl.dot(do, v.T, input_precision=PRECISION), dropped,
                         top[:, None], inverse[:, None], delta_here[:, None], problem, b, h, rows[:, None],
-                        keys[None, :], in_tile[:, None], len_k, offset, factor, q.dtype == tl.float32, MODIFIED, True,
+                        keys[None, :], in_tile[:, None], len_k, offset, factor, EXACT, MODIFIED, True,
                     )  # fmt: skip
                     total += ds
 

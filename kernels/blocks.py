@@ -59,7 +59,7 @@ def load_block(
             page = tl.load(
                 pages_of(problem, batch) + own // PAGE_SIZE * problem.block_table.stride, mask=inside, other=0
             )
-            rows = page.to(tl.int64) * source.batch + (own % PAGE_SIZE) * source.row
+            rows = page.to(tl.int64) * source.batch + (own % PAGE_SIZE).to(tl.int64) * source.row
         else:
             at += tl.cast(entry, tl.int64) * source.batch + tl.cast(row, tl.int64) * source.row
             rows = tl.arange(0, BLOCK).to(tl.int64) * source.row

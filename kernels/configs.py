@@ -92,10 +92,10 @@ _FLOAT32: dict[str, _Row] = {
     "decode": (_C(16, 32, 4, 1, 2), _C(16, 32, 4, 1, 2), _C(16, 16, 8, 1), _C(16, 16, 8, 1)),
     "dkdv": (_C(32, 32, 4, 1, 2), _C(16, 32, 8, 1, 2), _C(16, 16, 4, 1, 2), _C(16, 16, 8, 1)),
     "dq": (_C(32, 32, 8, 1), _C(16, 16, 8, 1, 2), _C(16, 16, 8, 1, 2), _C(16, 16, 16, 1)),
-    "dbias": (_C(32, 32, 8, 1, 2), _C(32, 32, 8, 1), _C(16, 16, 8, 1, 2), _C(16, 16, 8, 1)),
+    "dbias": (_C(32, 32, 8, 1, 2), _C(16, 32, 8, 1), _C(16, 16, 8, 1, 2), _C(16, 16, 8, 1)),
 }
 #: Kernels that only stream rows: float32 accumulators of block_m rows.
-_STREAM = {"combine": _C(8, 0, 4, 1), "preprocess": _C(8, 0, 4, 1)}
+_STREAM = {"combine": _C(8, 0, 4, 1), "preprocess": _C(4, 0, 4, 1)}
 #: The interpreter pays for operations, not for elements; tiles small enough that a test has several of them, and every
 #: way of the table: a queue of jobs, one launch for the gradients of keys and values and two.
 _INTERPRETED: dict[str, _Row] = {
@@ -193,7 +193,7 @@ def num_splits(jobs: int, slots: int, blocks: int) -> int:
         blocks: blocks of keys that a tile may see.
     """
     most = min(blocks // (MIN_SPLIT_BLOCKS + 1), 128, slots)
-    if jobs >= 0.8 * slots or most <= 1:
+    if jobs == 0 or jobs >= 0.8 * slots or most <= 1:
         return 1
 
     def share_of_waves(splits: int) -> float:

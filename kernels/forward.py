@@ -62,7 +62,7 @@ def _forward_tile(
             packed_addresses(query, problem, batch, first_query, positions, heads, columns),
             mask=in_tile[:, None] & (columns < HEAD_DIM)[None, :], other=0.0,
         )  # fmt: skip
-        EXACT: tl.constexpr = q.dtype == tl.float32
+        EXACT: tl.constexpr = (q.dtype == tl.float32) or MODIFIED
         #: Keys that the tile does not see lie among those that it sees, or in the same blocks.
         HAS_HOLES: tl.constexpr = (problem.key_mask is not None) or (problem.bias is not None)
 

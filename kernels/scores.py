@@ -96,7 +96,8 @@ def base2_factor(problem, MODIFIED: tl.constexpr):
 def exponentials(s, top, factor, EXACT: tl.constexpr):
     """exp2((s - top) * factor); ``top`` is finite.
 
-    For half precision as one multiply-add, whose error is that of top * factor: too large for float32 (EXACT).
+    Half precision takes one multiply-add, whose error is that of top * factor: too large for float32, and infinite
+    for scores near -FLT_MAX, as a bias makes them (EXACT).
     """
     if EXACT:
         return tl.exp2((s - top) * factor)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -92,6 +94,10 @@ def test_tf32_on_request() -> None:
     before = torch.get_float32_matmul_precision()
     try:
         assert _precision(torch.float32) == "ieee"
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert _precision(torch.float32) == "tf32"
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        assert _precision(torch.float32) == "ieee"
         torch.set_float32_matmul_precision("high")
         assert _precision(torch.float32) == "tf32"
         assert _precision(torch.bfloat16) == "ieee"
@@ -99,6 +105,81 @@ def test_tf32_on_request() -> None:
         assert attention(x, x, x, backend="triton").isfinite().all()
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 0, 64), (0, 4, 1, 64)], ids=["rows", "batch"])
+def test_nothing_to_do_against_many_keys(shape: tuple[int, ...]) -> None:
+    query, key = torch.randn(shape), torch.randn(shape[0], 4, 2048, 64)
+    assert attention(query, key, key, backend="triton").shape == shape
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_a_bias_of_the_lowest_number_everywhere(dtype: torch.dtype) -> None:
+    """How Hugging Face hides a whole row: the scores are near -FLT_MAX, and differences of them are what counts."""
+    query, key = (torch.randn(1, 1, n, 16).to(dtype).requires_grad_() for n in (8, 40))
+    bias = torch.full((1, 1, 8, 40), torch.finfo(torch.float32).min)
+    out = attention(query, key, key, bias=bias, backend="triton")
+    grads = torch.autograd.grad(out.float().sum(), (query, key))
+    assert all(t.isfinite().all() for t in (out, *grads))
+
+
+def test_a_gradient_that_is_lazily_negated() -> None:
+    query, key = torch.randn(1, 2, 9, 16, requires_grad=True), torch.randn(1, 2, 20, 16)
+    dout = torch.randn(1, 2, 9, 16)
+    for backend in ("triton", "cpu"):
+        out = attention(query, key, key, backend=backend)
+        (lazy,) = torch.autograd.grad(out, query, torch._neg_view(dout), retain_graph=True)
+        (plain,) = torch.autograd.grad(out, query, -dout)
+        assert torch.equal(lazy, plain), backend
+
+
+def test_every_thread_has_an_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton keeps it a thread, and on a GPU the backward pass runs in autograd's."""
+    from triton.runtime import _allocation
+
+    x, seen = torch.randn(1, 2, 9, 16), []
+
+    def call() -> None:
+        attention(x, x, x, backend="triton")
+        seen.append(_allocation._allocator.get())
+
+    for _ in range(2):
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+    assert [allocator.__name__ for allocator in seen] == ["_allocate"] * 2
+
+
+def test_what_does_not_fit_is_made_smaller() -> None:
+    """A stage less, then smaller blocks, and what was found is kept; a kernel of which nothing fits is refused."""
+    from transformer_fast.kernels.configs import Config
+
+    from transformer_fast.backends.triton_launch import Launch
+
+    class OutOfResources(Exception):  # noqa: N818 - Triton's name
+        pass
+
+    tried = []
+
+    class Kernel:
+        def __init__(self, fits: int) -> None:
+            self.fits = fits
+
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            def launch(*arguments: object, BLOCK_N: int, num_warps: int, num_stages: int) -> str:
+                tried.append((BLOCK_N, num_stages))
+                if BLOCK_N * num_stages > self.fits:
+                    raise OutOfResources
+                return "compiled"
+
+            return launch
+
+    launch = Launch("forward", Kernel(fits=64), (1,), {}, dict(BLOCK_N=128), Config(64, 128, 4, 3))
+    assert launch.run() == "compiled"
+    assert tried == [(128, 3), (128, 2), (128, 1), (64, 1)]
+    assert launch.run() == "compiled" and tried[4:] == [(64, 1)]
+    with pytest.raises(UnsupportedError, match="no tile of the Triton forward kernel fits"):
+        Launch("forward", Kernel(fits=8), (1,), {}, dict(BLOCK_N=32), Config(64, 32, 4, 1)).run()
 
 
 def test_it_has_to_be_asked_for_by_name() -> None:

@@ -36,8 +36,8 @@ def test_what_is_found_is_kept_and_used(file: Path) -> None:
     key = next(key for key in known if "forward" in key)
     file.write_text(json.dumps(known | {key: list(other)}))
     triton_tuning._findings.cache_clear()
-    assert triton_tuning.found(machine, "forward", 16, 4) == other
-    assert triton_tuning.found(machine, "forward", 200, 4) is None
+    assert triton_tuning.found(machine, "forward", 16, 4, "ieee") == other
+    assert triton_tuning.found(machine, "forward", 200, 4, "ieee") is None
     torch.testing.assert_close(
         attention(x, x, x, causal=True, backend="triton"), attention(x, x, x, causal=True, backend="reference")
     )
@@ -58,10 +58,22 @@ def test_what_cannot_be_tuned_is_said(file: Path) -> None:
     x = torch.randn(1, 2, 9, 8, dtype=torch.float64)
     with pytest.raises(UnsupportedError, match="float64"):
         triton_tuning.tune(x, x, x)
+    with pytest.raises(ValueError, match="dropout_p is 0"):
+        triton_tuning.tune(x.float(), x.float(), x.float(), dropout_p=0.1)
+
+
+@pytest.mark.parametrize("text", ["{bad", "[1]", '{"a": [1, 2]}', '{"a": 3}'])
+def test_a_broken_file_stops_nobody(file: Path, text: str) -> None:
+    file.parent.mkdir()
+    file.write_text(text)
+    x = torch.randn(1, 2, 9, 8)
+    with pytest.warns(RuntimeWarning, match="passed over"):
+        attention(x, x, x, backend="triton")
 
 
 def test_the_number_of_splits() -> None:
     """One where the tiles fill the machine; never parts of MIN_SPLIT_BLOCKS blocks or fewer; else the waves filled."""
+    assert configs.num_splits(jobs=0, slots=132, blocks=1000) == 1  # an empty batch
     assert configs.num_splits(jobs=106, slots=132, blocks=1000) == 1
     for blocks in range(1, 200):
         splits = configs.num_splits(jobs=8, slots=132, blocks=blocks)

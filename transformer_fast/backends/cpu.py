@@ -140,7 +140,7 @@ class CpuRunner(Runner):
         query, bias, sinks = operands.query, operands.bias, operands.sinks
         out, lse, stats = as_saved(results, self.out_stride, self.spec.dtype)
         dout = with_contiguous_columns(dout.to(self.spec.dtype))
-        dlse = None if dlse is None else dlse.to(torch.float32).contiguous()
+        dlse = None if dlse is None else dlse.to(torch.float32).resolve_neg().contiguous()
         delta = torch.empty_like(lse)
         dquery, dkey, dvalue = (torch.empty_like(t) for t in operands[:3])
         bias_grad = query.new_zeros(bias.shape, dtype=torch.float32) if dbias and bias is not None else None

@@ -14,11 +14,13 @@ def as_saved(results: Results, out_stride: tuple[int, ...], dtype: torch.dtype) 
     assert lse is not None and stats is not None
     if out.stride() != out_stride or out.dtype != dtype:
         out = torch.empty_strided(out.shape, out_stride, dtype=dtype, device=out.device).copy_(out)
-    return out, lse.to(torch.float32).contiguous(), stats.to(torch.float32).contiguous()
+    lse, stats = (t.to(torch.float32).resolve_neg().contiguous() for t in (lse, stats))
+    return out.resolve_neg(), lse, stats
 
 
 def with_contiguous_columns(dout: Tensor) -> Tensor:
-    """The gradient as kernels take it; one that was expanded, from out.sum() for one, is copied."""
+    """The gradient as kernels take it: negation done, and one that was expanded (from out.sum() for one) copied."""
+    dout = dout.resolve_neg()
     return dout.contiguous() if dout.stride(-1) != 1 and dout.shape[-1] > 1 else dout
 
 

@@ -57,19 +57,27 @@ def _machine(device: torch.device) -> configs.Machine:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Products of float32 are IEEE's, or TF32's where PyTorch was told so (torch.set_float32_matmul_precision)."""
-    return "ieee" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """Products of float32 are IEEE's, or TF32's where PyTorch was told so, by either of its switches:
+    torch.set_float32_matmul_precision or torch.backends.cuda.matmul.fp32_precision.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    newer = getattr(torch.backends.cuda.matmul, "fp32_precision", None)  # from torch 2.9 on; it knows of the older one
+    if newer is not None:
+        return "tf32" if newer == "tf32" else "ieee"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-@cache
+def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Global memory, into which kernels write tensor descriptors; PyTorch's is in stream order."""
+    return torch.empty(size, dtype=torch.int8, device="cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _set_allocator() -> None:
-    """Kernels write tensor descriptors into global memory; Triton asks the framework for it, in stream order."""
+    """Before every launch: Triton keeps it for each thread by itself, and autograd has threads of its own."""
     import triton
 
-    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-        return torch.empty(size, dtype=torch.int8, device="cuda" if torch.cuda.is_available() else "cpu")
-
-    triton.set_allocator(allocate)
+    triton.set_allocator(_allocate)
 
 
 def _as_bytes(tensor: Tensor | None) -> Tensor | None:
@@ -84,7 +92,6 @@ class TritonRunner(Runner):
         super().__init__(spec)
         from .triton_plan import Planner
 
-        _set_allocator()
         query = spec.layout("query")
         assert query is not None
         self.out_shape, self.out_stride = output_layout(query.shape, query.stride, spec.head_dim_v)
@@ -100,6 +107,7 @@ class TritonRunner(Runner):
         """Runs what ``make`` makes of the tensors; from the second call of a key on without making it."""
         from .triton_repeat import Repeat, are_aligned
 
+        _set_allocator()
         with _on(self.spec.device):
             if not are_aligned(tensors):
                 for launch in make(tensors):
@@ -136,7 +144,7 @@ class TritonRunner(Runner):
         spec, (query, key, value) = self.spec, operands[:3]
         out, lse, stats = as_saved(results, self.out_stride, spec.dtype)
         dout = with_contiguous_columns(dout.to(spec.dtype))
-        dlse = None if dlse is None else dlse.to(torch.float32).contiguous()
+        dlse = None if dlse is None else dlse.to(torch.float32).resolve_neg().contiguous()
         delta = self._numbers(*spec.lse_shape)
         dquery, dkey, dvalue = (torch.empty_like(t) for t in (query, key, value))
         bias_grad = None
@@ -180,10 +188,14 @@ class TritonBackend(Backend):
         if spec.dtype not in _DTYPES:
             return f"dtype {str(spec.dtype).removeprefix('torch.')}; it computes float32, bfloat16 and float16"
         head_dim = max(spec.head_dim, spec.head_dim_v)
-        if max(spec.total_q, spec.total_k, spec.seqlen_q, spec.seqlen_k) >= 2**30:
+        total_k = 0 if spec.is_paged else spec.total_k  # a table has room for more than there is
+        if max(spec.total_q, total_k, spec.seqlen_q, spec.seqlen_k) >= 2**30:
             return "2**30 or more tokens; its positions are 32-bit"
         if spec.num_heads * spec.total_q >= 2**31:
             return "2**31 or more rows over all heads; it counts them in 32 bits"
+        longest = max(spec.seqlen_q * spec.group_size, spec.seqlen_k)
+        if spec.batch * spec.num_kv_heads * longest >= 2**31 * 16:  # a tile has 16 rows or more
+            return "2**31 or more tiles of the longest sequence over all batch entries; it counts them in 32 bits"
         machine = _machine(spec.device)
         if machine.capability < 80:
             return f"compute capability {machine.capability / 10}; it computes on 8.0 and later"

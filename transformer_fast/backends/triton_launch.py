@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernels import configs, operands
 from ..kernels.masks import UNBOUNDED
 from ..layout import broadcast_strides, row_strides
-from ..spec import AttentionSpec, Operands
+from ..spec import AttentionSpec, Operands, UnsupportedError
 from . import triton_tuning
 
 Rows = operands.Rows
@@ -29,14 +29,46 @@ class Launch:
     config: configs.Config
     tma: bool = False
 
-    def run(self) -> None:
-        """Compiles where it was not yet, and launches."""
-        self.kernel[self.grid](
-            *self.arguments.values(),
-            **self.constants,
-            num_warps=self.config.num_warps,
-            num_stages=self.config.num_stages,
-        )
+    def run(self) -> Any:
+        """Compiles where it was not yet, and launches; the compiled kernel, or None in the interpreter."""
+        return run_within_limits(self, list(self.arguments.values()))
+
+    def smaller(self) -> Launch | None:
+        """The same with less shared memory: a stage less, then blocks of half the size in the loop; None at the end.
+
+        The table knows the plain variants. A bias, the look at small pages and many rows a tile need room too.
+        """
+        config, constants = self.config, dict(self.constants)
+        if config.num_stages > 1:
+            return replace(self, config=config._replace(num_stages=config.num_stages - 1))
+        name = "BLOCK_M" if self.phase in ("dkdv", "dk", "dv") else "BLOCK_N"  # what the loop walks over
+        if self.phase in ("dbias", "combine", "preprocess") or constants[name] <= 16:
+            return None
+        constants[name] //= 2
+        return replace(self, constants=constants)
+
+
+def run_within_limits(launch: Launch, arguments: list[Any]) -> Any:
+    """Launches, with the least reduction that fits on the machine.
+
+    Raises:
+        UnsupportedError: nothing fits.
+    """
+    while True:
+        try:
+            return launch.kernel[launch.grid](
+                *arguments,
+                **launch.constants,
+                num_warps=launch.config.num_warps,
+                num_stages=launch.config.num_stages,
+            )
+        except Exception as error:
+            if type(error).__name__ != "OutOfResources":  # known by name: Triton has moved it between modules
+                raise
+            reduced = launch.smaller()
+            if reduced is None:
+                raise UnsupportedError(f"no tile of the Triton {launch.phase} kernel fits here: {error}") from error
+            launch.config, launch.constants = reduced.config, reduced.constants  # for the next call, too
 
 
 def power_of_2(n: int, least: int) -> int:
@@ -155,7 +187,7 @@ class LaunchArguments:
         wanted = (self.machine, phase, self.head_dim, self.spec.dtype.itemsize)
         if self.overrides is not None:
             return self.overrides.get(phase) or configs.config_for(*wanted)
-        return triton_tuning.found(*wanted) or configs.config_for(*wanted)
+        return triton_tuning.found(*wanted, self.precision) or configs.config_for(*wanted)
 
     def schedule(self, tiles: int) -> operands.Schedule:
         """Jobs for all tiles of all heads, a program each."""

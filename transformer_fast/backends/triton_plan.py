@@ -268,9 +268,9 @@ class Planner(LaunchArguments):
         config, spec = self.config("dbias"), self.spec
         one_batch, one_head, one_row, one_key = (n == 1 for n in dbias.shape)
         grid = (
-            1 if one_key else -(-spec.seqlen_k // config.block_n),
-            1 if one_row else -(-spec.seqlen_q // config.block_m),
             dbias.shape[0] * dbias.shape[1],
+            1 if one_row else -(-spec.seqlen_q // config.block_m),
+            1 if one_key else -(-spec.seqlen_k // config.block_n),
         )
         return Launch(
             "dbias",

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .triton_launch import Launch
+from .triton_launch import Launch, run_within_limits
 
 Tensors = Sequence[Tensor | None]
 _ALIGNMENT = 16
@@ -61,7 +61,7 @@ class _Step:
         self.fixed = [value if maker is None else None for value, maker in zip(values, makers, strict=True)]
         self.grid = (*launch.grid, 1, 1)[:3]
         self.launch = replace(launch, arguments={})  # without the tensors of the first call
-        self.constants = [launch.constants[name] for name in launch.kernel.arg_names if name in launch.constants]
+        self.constants: list[Any] = []
         self.compiled: Any = None
 
     def run(self, tensors: Tensors) -> None:
@@ -72,10 +72,9 @@ class _Step:
             self.compiled(*arguments, *self.constants)
             return
         launch = self.launch
-        kernel = launch.kernel[launch.grid](
-            *arguments, **launch.constants, num_warps=launch.config.num_warps, num_stages=launch.config.num_stages
-        )
+        kernel = run_within_limits(launch, arguments)
         if kernel is not None:  # the interpreter compiles nothing
+            self.constants = [launch.constants[name] for name in launch.kernel.arg_names if name in launch.constants]
             self.compiled = kernel[self.grid]
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -32,12 +33,12 @@ def cache_path() -> Path:
     return Path(asked) if asked else Path.home() / ".cache" / "transformer_fast" / "triton.json"
 
 
-def _key(machine: configs.Machine, phase: str, head_dim: int, itemsize: int) -> str:
+def _key(machine: configs.Machine, phase: str, head_dim: int, itemsize: int, precision: str) -> str:
     import triton
 
     column = next(size for size in configs.HEAD_DIMS if head_dim <= size)
     kind = "interpreter" if machine.is_interpreted else f"sm_{machine.capability} x {machine.num_sms}"
-    return f"triton {triton.__version__}, {kind}, {phase}, head_dim {column}, {8 * itemsize} bits"
+    return f"triton {triton.__version__}, {kind}, {phase}, head_dim {column}, {8 * itemsize} bits, {precision}"
 
 
 @cache
@@ -45,12 +46,18 @@ def _findings(path: Path, changed: float) -> dict[str, configs.Config]:
     return {key: configs.Config(*row) for key, row in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
-def found(machine: configs.Machine, phase: str, head_dim: int, itemsize: int) -> configs.Config | None:
-    """What tuning found for a kernel, or None."""
-    path = cache_path()
-    if (machine.is_interpreted and CACHE_VARIABLE not in os.environ) or not path.exists():
+def found(machine: configs.Machine, phase: str, head_dim: int, itemsize: int, precision: str) -> configs.Config | None:
+    """What tuning found for a kernel, or None. A file that cannot be read is said once and passed over."""
+    if machine.is_interpreted and CACHE_VARIABLE not in os.environ:
         return None
-    return _findings(path, path.stat().st_mtime).get(_key(machine, phase, head_dim, itemsize))
+    try:
+        path = cache_path()
+        if not path.exists():
+            return None
+        return _findings(path, path.stat().st_mtime).get(_key(machine, phase, head_dim, itemsize, precision))
+    except (OSError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        warnings.warn(f"the file of Triton's tuning is passed over: {error}", RuntimeWarning, stacklevel=2)
+        return None
 
 
 def _seconds(run: Callable[[], None], device: torch.device, repeats: int) -> float:
@@ -98,17 +105,19 @@ def tune(
         options: causal, window_size, softcap and the like, as of :func:`transformer_fast.attention`.
 
     Returns:
-        for each kernel the time of each candidate over that of the table's row, as words: ratio. Candidates that do
-        not fit on the machine are left out.
+        for each kernel the time of each candidate over that of the table's row, as words: ratio.
 
     Raises:
-        ValueError, TypeError, UnsupportedError: as :func:`transformer_fast.attention` with ``backend="triton"``.
+        ValueError, TypeError, UnsupportedError: as :func:`transformer_fast.attention` with ``backend="triton"``, and
+            ValueError for dropout.
     """
     from . import REGISTRY
-    from .triton import _machine, _on, _precision
+    from .triton import _machine, _on, _precision, _set_allocator
     from .triton_launch import Launch
     from .triton_plan import Planner
 
+    if options.get("dropout_p"):
+        raise ValueError(f"dropout_p is {options['dropout_p']}; allowed: 0, tuning is done without")
     given = Operands(query, key, value)
     spec = make_spec(given, parse_options(**options))
     reason = REGISTRY["triton"].info().reason or REGISTRY["triton"].supports(spec)
@@ -134,21 +143,18 @@ def tune(
 
     ratios: dict[str, dict[str, float]] = {}
     best: dict[str, configs.Config] = {}
+    _set_allocator()
     with _on(spec.device):
         for run in launches({}).values():  # what backward reads has to be there
             run()
         for phase in [name for name in launches({}) if name in _PHASES]:
             times: dict[configs.Config, float] = {}
             for candidate in configs.candidates(machine, phase, head_dim, itemsize):
-                run = launches({phase: candidate})[phase]
-                try:
-                    times[candidate] = _seconds(run, spec.device, repeats)
-                except Exception as error:  # no room on this machine: any of several kinds of error
-                    if "resource" not in str(error).lower() and "shared memory" not in str(error).lower():
-                        raise
+                # One that does not fit runs in a smaller form, and is timed as that.
+                times[candidate] = _seconds(launches({phase: candidate})[phase], spec.device, repeats)
             table = next(iter(times.values()))
             ratios[phase] = {_words(candidate): seconds / table for candidate, seconds in times.items()}
-            best[_key(machine, phase, head_dim, itemsize)] = min(times, key=times.__getitem__)
+            best[_key(machine, phase, head_dim, itemsize, precision)] = min(times, key=times.__getitem__)
     _keep(best)
     return ratios
 

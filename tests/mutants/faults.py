@@ -184,7 +184,7 @@ ADAPTER = [
     Fault("adapter: sign of dsinks", _PACKAGE + "backends/gradients.py",
           "return -(share", "return (share", _KERNEL),
     Fault("adapter: gradient of lse not made contiguous", _PACKAGE + "backends/cpu.py",
-          "dlse.to(torch.float32).contiguous()", "dlse.to(torch.float32)", _LAYOUT),
+          "dlse.to(torch.float32).resolve_neg().contiguous()", "dlse.to(torch.float32)", _LAYOUT),
     Fault("adapter: expanded gradient of out taken as it is", _PACKAGE + "backends/gradients.py",
           "if dout.stride(-1) != 1 and dout.shape[-1] > 1 else", "if False else", _KERNEL),
     Fault("memory order: heads before rows for everybody", _PACKAGE + "layout.py",

@@ -20,7 +20,8 @@ class Config(NamedTuple):
 
     ``persistent``: uneven work is taken job by job by programs that stay, which spares a program's start per tile. Left
     out where the loop around the loops costs spills; the hardware then hands out the jobs, in the same order.
-    ``tma``: blocks come by tensor descriptors where the machine and the tensors allow it.
+    ``tma``: blocks come by tensor descriptors where the machine and the tensors allow it. Not where mma.sync takes
+    from registers what stays over the loop: it spilled on 12.0.
     """
 
     block_m: int
@@ -62,8 +63,18 @@ _HALF: dict[int, dict[str, _Row]] = {
     86: {
         "forward": (_C(128, 64, 4, 3, 2), _C(128, 64, 8, 3), _C(64, 32, 8, 2), _C(32, 16, 8, 2)),
         "decode": (_C(16, 128, 4, 3), _C(16, 128, 4, 2), _C(16, 32, 4, 3), _C(16, 16, 4, 2, 2)),
-        "dkdv": (_C(32, 64, 4, 2, 2), _C(64, 64, 8, 2), _C(32, 32, 8, 2), _C(16, 16, 8, 1)),
-        "dq": (_C(128, 64, 8, 2), _C(128, 32, 8, 2), _C(32, 32, 4, 2), _C(32, 16, 8, 2)),
+        "dkdv": (
+            _C(32, 64, 4, 2, 2, tma=False),
+            _C(64, 64, 8, 2, tma=False),
+            _C(32, 32, 8, 2, tma=False),
+            _C(16, 16, 8, 1, tma=False),
+        ),
+        "dq": (
+            _C(128, 64, 8, 2, tma=False),
+            _C(128, 32, 8, 2, tma=False),
+            _C(32, 32, 4, 2, tma=False),
+            _C(32, 16, 8, 2, tma=False),
+        ),
         "dbias": (_C(64, 32, 4, 1), _C(64, 32, 8, 1), _C(16, 64, 8, 1), _C(16, 32, 8, 1)),
     },
     90: {
@@ -94,8 +105,11 @@ _FLOAT32: dict[str, _Row] = {
     "dq": (_C(32, 32, 8, 1), _C(16, 16, 8, 1, 2), _C(16, 16, 8, 1, 2), _C(16, 16, 16, 1)),
     "dbias": (_C(32, 32, 8, 1), _C(16, 32, 8, 1), _C(16, 16, 8, 1, 2), _C(16, 16, 4, 1)),
 }
-#: Kernels that only stream rows: float32 accumulators of block_m rows.
-_STREAM = {"combine": _C(8, 0, 4, 1), "preprocess": _C(4, 0, 4, 1)}
+#: Kernels that only stream rows: as many at a time as give each thread whole vectors to load, and still fit.
+_STREAM: dict[str, _Row] = {
+    "combine": (_C(8, 0, 4, 1), _C(8, 0, 4, 1), _C(8, 0, 4, 1), _C(8, 0, 4, 1)),
+    "preprocess": (_C(16, 0, 4, 1), _C(16, 0, 4, 1), _C(8, 0, 4, 1), _C(4, 0, 4, 1)),
+}
 #: The interpreter pays for operations, not for elements; tiles small enough that a test has several of them, and every
 #: way of the table: a queue of jobs, one launch for the gradients of keys and values and two.
 _INTERPRETED: dict[str, _Row] = {
@@ -133,10 +147,10 @@ def config_for(machine: Machine, phase: str, head_dim: int, itemsize: int) -> Co
         head_dim: the larger of head_dim and value head_dim.
         itemsize: bytes of an element.
     """
-    if phase in _STREAM:
-        return _STREAM[phase]
     column = next(i for i, size in enumerate(HEAD_DIMS) if head_dim <= size)
-    if machine.is_interpreted:
+    if phase in _STREAM:
+        table = _STREAM
+    elif machine.is_interpreted:
         table = _INTERPRETED
     else:
         table = _FLOAT32 if itemsize == 4 else _HALF[family(machine.capability)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import random
 import secrets
@@ -16,6 +18,12 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+
+# Triton's own functions (tl.max and the like) are its interpreter's or its compiler's from the moment that it is
+# imported, whoever does that first. Here its kernels are interpreted; what is compiled is so in processes of its own.
+with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ImportError):
+    patch.setenv("TRITON_INTERPRET", "1")
+    importlib.import_module("triton")
 
 SEED_VARIABLE = "TRANSFORMER_FAST_TEST_SEED"
 

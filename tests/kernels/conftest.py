@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,11 +21,36 @@ def _forget() -> None:
     ops._runners.clear()
 
 
+#: The modules with kernels in them, by name; each takes what it calls from those before it.
+KERNEL_MODULES = ("masks", "schedule", "blocks", "scores", "forward", "backward", "decode")
+
+
+def _forget_compiled_kernels() -> None:
+    """A kernel is the interpreter's if it was defined while the variable was set: others are to be imported again.
+
+    Tests of other folders import kernels too, and where several processes share the tests any may come first.
+    """
+    from triton.runtime.jit import JITFunction
+
+    for name in KERNEL_MODULES:
+        module = sys.modules.get(f"transformer_fast.kernels.{name}")
+        if module and any(
+            isinstance(f, JITFunction) and f.__module__ == module.__name__ for f in vars(module).values()
+        ):
+            break
+    else:
+        return
+    for name in KERNEL_MODULES:
+        sys.modules.pop(f"transformer_fast.kernels.{name}", None)
+    _forget()
+
+
 @pytest.fixture(autouse=True)
 def _interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels are imported inside the tests, after this, and so belong to the interpreter."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     prepare_interpreter()
+    _forget_compiled_kernels()
     with np.errstate(all="ignore"):
         yield
 

@@ -56,6 +56,10 @@ class Target:
         """Inside, calls to the back end use this instruction set."""
         if self.backend == "reference":
             return one_thread()
+        if self.backend == "triton" and self.device == "cpu":
+            from transformer_fast.testing.interpreter import prepare_interpreter
+
+            prepare_interpreter()  # or bfloat16 would be judged by numbers that are not it
         if self.isa is None:
             return contextlib.nullcontext()
         from transformer_fast.backends.cpu import force_isa

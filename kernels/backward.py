@@ -25,7 +25,7 @@ from .scores import base2_factor, dropout_factor, exponentials, scores_of, throu
 
 @triton.jit
 def attention_backward_preprocess_kernel(
-    out, dout, dlse, delta, problem, rows_in_all, num_heads, rows_a_head,
+    out, dout, dlse, delta, rows_in_all, num_heads, rows_a_head,
     HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """delta, float32, for BLOCK_M rows a program, laid out as lse. Grid: (programs,)."""

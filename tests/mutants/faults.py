@@ -183,10 +183,10 @@ ADAPTER = [
           "*map(_pointer, (out, lse, stats)),", "*map(_pointer, (out, stats, lse)),", _KERNEL),
     Fault("adapter: sign of dsinks", _PACKAGE + "backends/gradients.py",
           "return -(share", "return (share", _KERNEL),
-    Fault("adapter: gradient of lse not made contiguous", _PACKAGE + "backends/cpu.py",
-          "dlse.to(torch.float32).resolve_neg().contiguous()", "dlse.to(torch.float32)", _LAYOUT),
+    Fault("adapter: gradient of lse not made contiguous", _PACKAGE + "backends/gradients.py",
+          "else _numbers(dlse)", "else dlse.to(torch.float32)", _LAYOUT),
     Fault("adapter: expanded gradient of out taken as it is", _PACKAGE + "backends/gradients.py",
-          "if dout.stride(-1) != 1 and dout.shape[-1] > 1 else", "if False else", _KERNEL),
+          "if dout.stride(-1) != 1 and dout.shape[-1] > 1:", "if False:", _KERNEL),
     Fault("memory order: heads before rows for everybody", _PACKAGE + "layout.py",
           "if stride[1] < stride[2]:", "if False:", _OPS),
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from .._version import __version__
 from ..layout import broadcast_strides, output_layout, row_strides
 from ..spec import AttentionSpec, Operands
 from .base import Backend, Gradients, Info, Results, Runner
-from .gradients import as_saved, sinks_gradient, with_contiguous_columns
+from .gradients import backward_inputs, sinks_gradient
 
 _C_cpu: Any = None
 _WHY_NOT: str | None = None
@@ -138,9 +138,7 @@ class CpuRunner(Runner):
         self, operands: Operands, results: Results, dout: Tensor, dlse: Tensor | None, *, dbias: bool, dsinks: bool
     ) -> Gradients:
         query, bias, sinks = operands.query, operands.bias, operands.sinks
-        out, lse, stats = as_saved(results, self.out_stride, self.spec.dtype)
-        dout = with_contiguous_columns(dout.to(self.spec.dtype))
-        dlse = None if dlse is None else dlse.to(torch.float32).resolve_neg().contiguous()
+        out, lse, stats, dout, dlse = backward_inputs(results, dout, dlse, self.out_stride, self.spec.dtype)
         delta = torch.empty_like(lse)
         dquery, dkey, dvalue = (torch.empty_like(t) for t in operands[:3])
         bias_grad = query.new_zeros(bias.shape, dtype=torch.float32) if dbias and bias is not None else None

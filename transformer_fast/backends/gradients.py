@@ -8,20 +8,26 @@ from torch import Tensor
 from .base import Results
 
 
-def as_saved(results: Results, out_stride: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """What forward left, in its own order and type again: saved-tensor hooks compress and move it."""
+def backward_inputs(
+    results: Results, dout: Tensor, dlse: Tensor | None, out_stride: tuple[int, ...], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """(out, lse, stats, dout, dlse) as kernels take them: negation done, in forward's own order and type.
+
+    Saved-tensor hooks compress and move what forward left, and autograd brings gradients as they come.
+    """
     out, lse, stats = results
     assert lse is not None and stats is not None
     if out.stride() != out_stride or out.dtype != dtype:
         out = torch.empty_strided(out.shape, out_stride, dtype=dtype, device=out.device).copy_(out)
-    lse, stats = (t.to(torch.float32).resolve_neg().contiguous() for t in (lse, stats))
-    return out.resolve_neg(), lse, stats
+    dout = dout.to(dtype).resolve_neg()
+    if dout.stride(-1) != 1 and dout.shape[-1] > 1:  # expanded, from out.sum() for one
+        dout = dout.contiguous()
+    lse, stats = _numbers(lse), _numbers(stats)
+    return out.resolve_neg(), lse, stats, dout, None if dlse is None else _numbers(dlse)
 
 
-def with_contiguous_columns(dout: Tensor) -> Tensor:
-    """The gradient as kernels take it: negation done, and one that was expanded (from out.sum() for one) copied."""
-    dout = dout.resolve_neg()
-    return dout.contiguous() if dout.stride(-1) != 1 and dout.shape[-1] > 1 else dout
+def _numbers(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32).resolve_neg().contiguous()
 
 
 def sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor, *, packed: bool) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..layout import output_layout
 from ..spec import AttentionSpec, Operands
 from .base import Backend, Gradients, Info, Results, Runner
-from .gradients import as_saved, sinks_gradient, with_contiguous_columns
+from .gradients import backward_inputs, sinks_gradient
 
 if TYPE_CHECKING:
     from ..kernels import configs
@@ -142,9 +142,7 @@ class TritonRunner(Runner):
         self, operands: Operands, results: Results, dout: Tensor, dlse: Tensor | None, *, dbias: bool, dsinks: bool
     ) -> Gradients:
         spec, (query, key, value) = self.spec, operands[:3]
-        out, lse, stats = as_saved(results, self.out_stride, spec.dtype)
-        dout = with_contiguous_columns(dout.to(spec.dtype))
-        dlse = None if dlse is None else dlse.to(torch.float32).resolve_neg().contiguous()
+        out, lse, stats, dout, dlse = backward_inputs(results, dout, dlse, self.out_stride, spec.dtype)
         delta = self._numbers(*spec.lse_shape)
         dquery, dkey, dvalue = (torch.empty_like(t) for t in (query, key, value))
         bias_grad = None

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import masks
 from ..kernels import configs, operands
 from ..kernels.masks import UNBOUNDED
 from ..layout import broadcast_strides, row_strides
+from ..reference import dropout_threshold
 from ..spec import AttentionSpec, Operands, UnsupportedError
 from . import triton_tuning
-
-Rows = operands.Rows
 
 
 @dataclass
@@ -117,8 +117,8 @@ class LaunchArguments:
             BLOCK_D=power_of_2(spec.head_dim, 16),
             BLOCK_DV=power_of_2(spec.head_dim_v, 16),
         )
-        self.left = UNBOUNDED if options.window_left < 0 else min(options.window_left, UNBOUNDED)
-        self.right = UNBOUNDED if options.window_right < 0 else min(options.window_right, UNBOUNDED)
+        sides = masks.bounds(options.window_left, options.window_right)
+        self.left, self.right = (min(side, UNBOUNDED) for side in sides)  # positions are 32-bit in the kernels
         self.rows_a_head = spec.total_q if spec.is_packed else spec.seqlen_q
         #: Rows as lse lays them out.
         self.num_rows = spec.num_heads * spec.total_q
@@ -140,7 +140,7 @@ class LaunchArguments:
             bias = operands.Dense(given.bias, *broadcast_strides(given.bias.shape, given.bias.stride()))
         dropout = None
         if options.dropout_p > 0.0:
-            threshold = min(int(options.dropout_p * 2.0**32), 2**32 - 1)
+            threshold = dropout_threshold(options.dropout_p)
             dropout = operands.Dropout(given.rng_seed, threshold, 1.0 / (1.0 - options.dropout_p))
         return operands.Problem(
             seqlen_q=spec.seqlen_q,
@@ -167,7 +167,7 @@ class LaunchArguments:
         packed = self.spec.is_packed
         shape = tensor.shape
         sizes = (1, shape[1], shape[0]) if packed else tuple(shape[:3])
-        return Rows(tensor, *row_strides(tensor.stride(), packed), *sizes)
+        return operands.Rows(tensor, *row_strides(tensor.stride(), packed), *sizes)
 
     def can_use_tma(self, *tensors: Tensor) -> bool:
         """Descriptors want addresses and strides in whole 16 bytes, and no dimension that is a repetition."""

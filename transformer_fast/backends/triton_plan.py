@@ -20,7 +20,7 @@ from .triton_launch import Launch, LaunchArguments, power_of_2
 class Scratch(NamedTuple):
     """Memory of one call of forward: partial results of splits, or the counter of jobs."""
 
-    values: Tensor | None
+    sums: Tensor | None
     top: Tensor | None
     total: Tensor | None
     queue: Tensor | None
@@ -189,7 +189,6 @@ class Planner(LaunchArguments):
                 dout=self.rows(dout),
                 dlse=dlse,
                 delta=delta,
-                problem=None,
                 rows_in_all=self.num_rows,
                 num_heads=self.spec.num_heads,
                 rows_a_head=self.rows_a_head,

@@ -14,6 +14,10 @@ import torch
 SAMPLE_SECONDS = 0.02
 
 
+class NotApplicableError(Exception):
+    """A peer, or we, do not have this; the message is for the report."""
+
+
 @dataclass(frozen=True)
 class Timing:
     """Time of a step in milliseconds: the median and the 20th and 80th percentile of its samples."""

@@ -15,12 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .measure import NotApplicableError
 from .workload import Step, Workload, with_backward
-
-
-class NotApplicableError(Exception):
-    """The peer does not have this; the message is for the report."""
-
 
 Setup = Callable[[Workload], Step]
 

@@ -153,7 +153,7 @@ def _set_up_peers(work: Workload, pieces: list[Piece], names: Sequence[str]) -> 
             step = peers.PEERS[name](work)
             work.rewind()
             wrong = [v for v in judge_step(work, pieces, step(), precision=torch.bfloat16) if not v.passed]
-        except peers.NotApplicableError as reason:
+        except measure.NotApplicableError as reason:
             missing[name] = str(reason)
             continue
         except Exception as error:  # somebody else's library: one that fails must not end the run

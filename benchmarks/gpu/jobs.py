@@ -18,13 +18,14 @@ from transformer_fast.testing.runner import Target, check
 from transformer_fast.testing.suite import standard_cases
 from transformer_fast.testing.verify import DTYPES
 
+from ..measure import NotApplicableError
 from . import model
 from .check import Judge
 from .device import Device
 from .peers import DRY_PEERS, PEERS, Peer
 from .shapes import SHAPES, Shape
 from .timing import Setup, line_up, measured
-from .work import NotApplicableError, Work, make_step, make_work, ours, ours_unpadded
+from .work import Work, make_step, make_work, ours, ours_unpadded
 
 Job = dict[str, Any]
 Row = dict[str, Any]

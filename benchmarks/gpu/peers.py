@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..measure import NotApplicableError
 from .device import Device
-from .work import AS_IT_IS, Contestant, Forward, Layout, NotApplicableError, Work
+from .work import AS_IT_IS, Contestant, Forward, Layout, Work
 
 HEADS_LAST = Layout(lambda t: t.transpose(1, 2).contiguous(), lambda t: t.transpose(1, 2))
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from transformer_fast import UnsupportedError
 
-from ..measure import ratio, summarise
+from ..measure import NotApplicableError, ratio, summarise
 from .check import Judge
 from .device import Device
-from .work import Contestant, NotApplicableError, Step, Work, make_step
+from .work import Contestant, Step, Work, make_step
 
 #: A peer is asked whether it does the same work, not whether it is as exact as ours has to be: leaving one out for
 #: its rounding would leave out its speed.

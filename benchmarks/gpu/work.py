@@ -18,10 +18,6 @@ Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 Step = Callable[[], dict[str, Tensor]]
 
 
-class NotApplicableError(Exception):
-    """A contestant does not have this; the message is for the report."""
-
-
 @dataclass(frozen=True)
 class Layout:
     """How a contestant wants tensors, and the way back to the layout of the work."""

@@ -65,8 +65,8 @@ struct Problem {
     int num_threads = 1;
 
     // A bias of -inf hides a key as False does, wherever it stands: no block is surely full.
-    bool has_float_bias() const { return bias.data != nullptr && bias.dtype != DType::boolean; }
-    bool modifies_scores() const {
+    TF_INLINE bool has_float_bias() const { return bias.data != nullptr && bias.dtype != DType::boolean; }
+    TF_INLINE bool modifies_scores() const {
         // Raw products can stand for scores only if a greater one is a greater score, and a sink has no raw product.
         return softcap != 0.0f || has_float_bias() || alibi_slopes != nullptr || sinks != nullptr ||
                softmax_scale < 1e-30f;
@@ -75,13 +75,13 @@ struct Problem {
     // raw products they are. Differences of them are taken first, since that is exact near the maximum, and a product
     // that is contracted with the subtraction is not: scores of 1e10 would not give their own maximum weight 1.
     // The factor from a difference of scores to natural units, and to base 2:
-    double score_natural() const { return modifies_scores() ? 1.0 : softmax_scale; }
-    float score_log2() const { return static_cast<float>(score_natural() * 1.4426950408889634); }
+    TF_INLINE double score_natural() const { return modifies_scores() ? 1.0 : softmax_scale; }
+    TF_INLINE float score_log2() const { return static_cast<float>(score_natural() * 1.4426950408889634); }
     // Page `index` of batch entry b.
-    int64_t page_of(int64_t b, int64_t index) const {
+    TF_INLINE int64_t page_of(int64_t b, int64_t index) const {
         return block_table[b * block_table_batch + index * block_table_page];
     }
-    int64_t lse_index(int64_t b, int64_t head, int64_t first_row, int64_t row) const {
+    TF_INLINE int64_t lse_index(int64_t b, int64_t head, int64_t first_row, int64_t row) const {
         return packed ? head * total_q + first_row + row : (b * num_heads + head) * seqlen_q + row;
     }
 };

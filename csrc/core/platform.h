@@ -4,14 +4,18 @@
 #include <cstddef>
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define TF_INLINE __host__ __device__ __forceinline__
+#else
 #define TF_INLINE inline __attribute__((always_inline))
+#endif
 #define TF_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace tf {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, boolean = 3 };
 
-inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::boolean ? 1 : 2; }
+TF_INLINE constexpr int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::boolean ? 1 : 2; }
 
 template <class T>
 TF_INLINE constexpr T min_of(T a, T b) {

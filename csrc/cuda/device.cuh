@@ -9,10 +9,12 @@
 #if defined(TF_EMULATED)
 #define TF_DEVICE inline
 #define TF_UNROLL
-#else
+#define TF_NO_UNROLL
+#elif defined(__CUDACC__)
 #define TF_DEVICE __device__ __forceinline__
 #define TF_UNROLL _Pragma("unroll")
-#endif
+#define TF_NO_UNROLL _Pragma("unroll 1")
+#endif  // else: the host side of CUDA, which takes the types alone
 
 namespace tf {
 
@@ -30,8 +32,9 @@ struct alignas(16) Vector16 {  // 16 bytes: what one load, store or cp.async mov
     uint32_t word[4];
 };
 
-// A TMA descriptor: CUtensorMap to the driver, the emulator's own fields on a CPU. Opaque to kernels.
-struct alignas(64) TensorMap {
+// A TMA descriptor: CUtensorMap to the driver (whose alignment CUDA 13 has raised from 64 to 128), the emulator's own
+// fields on a CPU. Opaque to kernels.
+struct alignas(128) TensorMap {
     uint64_t opaque[16];
 };
 
@@ -52,6 +55,6 @@ struct TensorGeometry {
 
 #if defined(TF_EMULATED)
 #include "emulator/ptx.h"
-#else
+#elif defined(__CUDACC__)
 #include "cuda/ptx.cuh"
 #endif

@@ -23,6 +23,13 @@ TF_DEVICE int blocks_y() { return static_cast<int>(gridDim.y); }
 // The 32-bit address of shared memory, which ldmatrix, cp.async, mbarrier and TMA take.
 TF_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
+// The same number, but the compiler does not know that: what follows from it is computed again where it is used, and
+// need not stay in registers until then.
+TF_DEVICE int forget(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 // ------------------------------------------------------------------------------------------ a warp together
 
 template <class T>
@@ -64,6 +71,11 @@ TF_DEVICE float exp2(float x) {  // relative error 2^-22; subnormal results beco
 TF_DEVICE float log2(float x) {  // log2(0) = -inf
     float y;
     asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+TF_DEVICE float reciprocal(float x) {  // relative error 2^-23; 1 / infinity = 0
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 // Two floats rounded to nearest, `low` in the lower half: fragments of matrix products hold pairs like this.

@@ -9,21 +9,43 @@ namespace cuda {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// tanh by exp2 where that keeps its accuracy, by its series near 0.
-TF_DEVICE float tanh(float x) {
-    const float magnitude = x < 0.0f ? -x : x, x2 = x * x;
-    const float e = ptx::exp2(magnitude * (-2.0f * kLog2E));
-    const float t = (1.0f - e) / (1.0f + e);
-    const float series =
-        x * (1.0f +
-             x2 * (-1.0f / 3 + x2 * (2.0f / 15 + x2 * (-17.0f / 315 + x2 * (62.0f / 2835 - x2 * (1382.0f / 155925))))));
-    return x2 < 0.09f ? series : x < 0.0f ? -t : t;
-}
+// tanh to 2e-7, not relative to its value: scores are differences of exponents.
+TF_DEVICE float tanh(float x) { return 1.0f - 2.0f * ptx::reciprocal(1.0f + ptx::exp2(x * (2.0f * kLog2E))); }
 
 // A score as the softcap left it (backward wants to know that), and in the end.
 struct Score {
     float capped, value;
 };
+
+// The steps from a product q . k to a score, in natural units and in this order. softmax.cuh takes them for whole
+// fragments.
+TF_DEVICE float capped_score(const Problem& p, float product) {
+    const float x = product * p.softmax_scale;
+    return p.softcap != 0.0f ? p.softcap * tanh(x * ptx::reciprocal(p.softcap)) : x;
+}
+
+TF_DEVICE float bias_value(float b) { return b; }
+TF_DEVICE float bias_value(Bfloat16 b) { return ptx::to_float(b); }
+TF_DEVICE float bias_value(Float16 b) { return ptx::to_float(b); }
+TF_DEVICE float bias_value(uint8_t shown) { return shown != 0 ? 0.0f : -kInfinity; }
+// Where a row of the bias begins.
+template <class T>
+TF_DEVICE const T* bias_row(const Problem& p, const DeviceSequence& s, int head, int position) {
+    const int64_t at = s.index * p.bias.batch + head * p.bias.head + position * p.bias.row;
+    return reinterpret_cast<const T*>(p.bias.data) + at;
+}
+TF_DEVICE float biased_score(float x, float bias) { return bias == -kInfinity ? bias : x + bias; }  // x may be NaN there
+
+TF_DEVICE float alibi_slope(const Problem& p, const DeviceSequence& s, int head) {
+    return p.alibi_slopes[s.index * p.alibi_batch + head * p.alibi_head];
+}
+TF_DEVICE float alibi_score(float x, float slope, int distance) {
+    return x - slope * static_cast<float>(distance < 0 ? -distance : distance);
+}
+
+TF_DEVICE bool key_is_hole(const Problem& p, const DeviceSequence& s, int key) {
+    return key >= s.len_k || p.key_mask[s.index * p.key_mask_batch + key * p.key_mask_key] == 0;
+}
 
 // The score of one (row, key) pair that the interval shows; natural units. For kernels whose scores something changes
 // (Problem::modifies_scores, a boolean bias, or holes in the key padding); all others keep raw products.
@@ -31,31 +53,25 @@ struct Score {
 TF_DEVICE Score modified_score(const Arguments& a, const DeviceSequence& s, int head, int position, int key,
                                float product) {
     const Problem& p = a.problem;
-    float x = product * p.softmax_scale;
-    if (p.softcap != 0.0f) x = p.softcap * tanh(x / p.softcap);
-    const float capped = x;
+    const float capped = capped_score(p, product);
     const bool inside = position < s.len_q && key < s.len_k;
+    float x = capped;
     if (p.bias.data != nullptr) {
-        const int64_t at = s.index * p.bias.batch + head * p.bias.head + position * p.bias.row + key * p.bias.key;
         float b = -kInfinity;
         if (!inside) {
         } else if (p.bias.dtype == DType::boolean) {
-            b = p.bias.data[at] != 0 ? 0.0f : -kInfinity;
+            b = bias_value(bias_row<uint8_t>(p, s, head, position)[key * p.bias.key]);
         } else if (p.bias.dtype == DType::f32) {
-            b = reinterpret_cast<const float*>(p.bias.data)[at];
+            b = bias_value(bias_row<float>(p, s, head, position)[key * p.bias.key]);
         } else if (p.bias.dtype == DType::bf16) {
-            b = ptx::to_float(reinterpret_cast<const Bfloat16*>(p.bias.data)[at]);
+            b = bias_value(bias_row<Bfloat16>(p, s, head, position)[key * p.bias.key]);
         } else {
-            b = ptx::to_float(reinterpret_cast<const Float16*>(p.bias.data)[at]);
+            b = bias_value(bias_row<Float16>(p, s, head, position)[key * p.bias.key]);
         }
-        x = b == -kInfinity ? b : x + b;  // a hidden key's product may be NaN
+        x = biased_score(x, b);
     }
-    if (p.alibi_slopes != nullptr) {
-        const int distance = position + s.offset() - key;
-        x -= p.alibi_slopes[s.index * p.alibi_batch + head * p.alibi_head] *
-             static_cast<float>(distance < 0 ? -distance : distance);
-    }
-    if (s.holes && (!inside || p.key_mask[s.index * p.key_mask_batch + key * p.key_mask_key] == 0)) x = -kInfinity;
+    if (p.alibi_slopes != nullptr) x = alibi_score(x, alibi_slope(p, s, head), position + s.offset() - key);
+    if (s.holes && (!inside || key_is_hole(p, s, key))) x = -kInfinity;
     return {capped, x};
 }
 

@@ -34,23 +34,96 @@ TF_DEVICE ThreadRows thread_rows(const DeviceSequence& s, const PackedRows& rows
     return r;
 }
 
-// Scores of a block of keys from `n` on, in place; kModified as in `modified_score`.
+template <class T, int N>
+TF_DEVICE void add_bias(const Problem& p, const DeviceSequence& s, const ThreadRows& rows, int n,
+                        float (&scores)[N / 2]) {
+    const int first = n + column_of(0), step = static_cast<int>(p.bias.key);
+    TF_UNROLL
+    for (int r = 0; r < 2; ++r) {
+        // Found anew for each block, since addresses of all rows would fill registers.
+        const T* bias =
+            bias_row<T>(p, s, ptx::forget(rows.head[r]), rows.position[r]) + static_cast<int64_t>(first) * step;
+        const int stop = rows.position[r] < s.len_q ? s.len_k - first : 0;  // columns that are there
+        TF_UNROLL
+        for (int e = 2 * r; e < N / 2; e += 4) {
+            TF_UNROLL
+            for (int i = 0; i < 2; ++i) {
+                const int column = e / 4 * 8 + i;
+                const float b = column < stop ? bias_value(bias[static_cast<int64_t>(step) * column]) : -kInfinity;
+                scores[e + i] = biased_score(scores[e + i], b);
+            }
+        }
+    }
+}
+
+// Products -> scores as the softcap leaves them, in place.
+template <int N>
+TF_DEVICE void cap_scores(const Problem& p, float (&scores)[N / 2]) {
+    if (p.softcap != 0.0f) {
+        TF_UNROLL
+        for (int e = 0; e < N / 2; ++e) scores[e] = capped_score(p, scores[e]);
+    } else {
+        TF_UNROLL
+        for (int e = 0; e < N / 2; ++e) scores[e] *= p.softmax_scale;
+    }
+}
+
+// Scores of a block of keys from `n` on, in place: after cap_scores `modified_score` of each, but each step for all of
+// them, so that what the problem has is asked once and reads of memory overlap.
+template <int N>
+TF_DEVICE void modify_capped(const Arguments& a, const DeviceSequence& s, const ThreadRows& rows, int n,
+                             float (&scores)[N / 2]) {
+    const Problem& p = a.problem;
+    if (p.bias.data != nullptr) {
+        switch (p.bias.dtype) {
+            case DType::boolean:
+                add_bias<uint8_t, N>(p, s, rows, n, scores);
+                break;
+            case DType::f32:
+                add_bias<float, N>(p, s, rows, n, scores);
+                break;
+            case DType::bf16:
+                add_bias<Bfloat16, N>(p, s, rows, n, scores);
+                break;
+            case DType::f16:
+                add_bias<Float16, N>(p, s, rows, n, scores);
+                break;
+        }
+    }
+    if (p.alibi_slopes != nullptr) {
+        TF_UNROLL
+        for (int r = 0; r < 2; ++r) {
+            const float slope = rows.inside[r] ? alibi_slope(p, s, rows.head[r]) : 0.0f;
+            const int distance = rows.position[r] + s.offset() - n - column_of(0);
+            TF_UNROLL
+            for (int e = 2 * r; e < N / 2; e += 4) {
+                scores[e] = alibi_score(scores[e], slope, distance - e / 4 * 8);
+                scores[e + 1] = alibi_score(scores[e + 1], slope, distance - e / 4 * 8 - 1);
+            }
+        }
+    }
+    if (s.holes) {
+        TF_UNROLL
+        for (int e = 0; e < N / 2; ++e) {
+            if (e % 4 < 2 && key_is_hole(p, s, n + column_of(e))) scores[e] = scores[e + 2] = -kInfinity;
+        }
+    }
+}
 template <int N>
 TF_DEVICE void modify_scores(const Arguments& a, const DeviceSequence& s, const ThreadRows& rows, int n,
                              float (&scores)[N / 2]) {
-    TF_UNROLL
-    for (int e = 0; e < N / 2; ++e) {
-        const int r = row_of(e);
-        scores[e] = modified_score(a, s, rows.head[r], rows.position[r], n + column_of(e), scores[e]).value;
-    }
+    cap_scores<N>(a.problem, scores);
+    modify_capped<N>(a, s, rows, n, scores);
 }
 
 template <int N>
 TF_DEVICE void mask_scores(const ThreadRows& rows, int n, float (&scores)[N / 2]) {
+    const int first = n + column_of(0);  // the others lie where the compiler knows from there
+    const int lo[2] = {rows.lo[0] - first, rows.lo[1] - first}, hi[2] = {rows.hi[0] - first, rows.hi[1] - first};
     TF_UNROLL
     for (int e = 0; e < N / 2; ++e) {
-        const int key = n + column_of(e), r = row_of(e);
-        if (key < rows.lo[r] || key >= rows.hi[r]) scores[e] = -kInfinity;
+        const int column = e / 4 * 8 + e % 2, r = row_of(e);
+        if (column < lo[r] || column >= hi[r]) scores[e] = -kInfinity;
     }
 }
 

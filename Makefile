@@ -103,8 +103,8 @@ sanitize: $(VENV)/.stamp-dev  ## the native tests under AddressSanitizer and UBS
 	PYTHONPATH="$(CURDIR)/$(SANITIZED)" TRANSFORMER_FAST_EXPECTED_COPY="$(CURDIR)/$(SANITIZED)" \
 	$(BIN)/pytest -p no:cacheprovider --capture=sys -m sanitize $(PYTEST_ARGS)
 
-kernels: $(VENV)/.stamp-dev $(VENV)/.stamp-native $(addprefix build/triton-,$(TRITON))  ## what the Triton kernels compile to, without a GPU
-	$(if $(TRITON),PYTHONPATH=build/triton-$(TRITON)) $(BIN)/transformer-fast kernels \
+kernels: $(VENV)/.stamp-dev $(VENV)/.stamp-native $(addprefix build/triton-,$(TRITON))  ## what the GPU kernels compile to, without a GPU
+	$(if $(TRITON),PYTHONPATH=build/triton-$(TRITON)) $(BIN)/transformer-fast kernels $(if $(TRITON),--only triton) \
 	    --output reports/kernels$(TRITON:%=-%) $(KERNELS_ARGS)
 
 # Another version of Triton, in a folder of its own that is put first on the path.

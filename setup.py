@@ -1,12 +1,19 @@
 """Builds the native modules with ninja. The metadata is in pyproject.toml.
 
 The native code never sees torch: it takes pointers, strides and sizes, so one wheel serves every
-torch version and a build needs only a C++ compiler, pybind11 and ninja.
+torch version and a build needs only a C++ compiler, pybind11 and ninja. The CUDA module is built
+where nvcc and an NVIDIA driver are found; it holds the runtime and imports where there is no driver.
 
-Environment:
+Environment; every build goes by it anew, `make native` too:
     CXX, CXXFLAGS, LDFLAGS          honoured; flags are appended, so they win
+    CUDA_HOME, CUDA_PATH            where nvcc is looked for first
     MAX_JOBS                        compile jobs at a time
+    TRANSFORMER_FAST_CUDA=1|0       build the CUDA module without a driver, or never
+    TRANSFORMER_FAST_CUDA_ARCHS     machine code to build, a comma list of 80, 90a, 80+PTX; all by default
+    TRANSFORMER_FAST_EMULATOR=1     build the module that runs the CUDA kernels on a CPU, for tests
     TRANSFORMER_FAST_ISAS           only these instruction sets (comma list), for a quicker build
+    TRANSFORMER_FAST_KERNELS        only CUDA kernels whose names have a part like one of these (comma list), likewise
+    TRANSFORMER_FAST_MODULES        only these of the modules cpu, cuda, emulated (comma list), likewise
     TRANSFORMER_FAST_SANITIZE=1     AddressSanitizer and UndefinedBehaviorSanitizer, with symbols
 """
 
@@ -20,9 +27,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -41,23 +47,22 @@ IS_X86_64 = platform.machine().lower() in {"x86_64", "amd64"} and sys.maxsize > 
 SANITIZE = os.environ.get("TRANSFORMER_FAST_SANITIZE", "0") not in {"", "0"}
 
 
+def load(path: Path) -> ModuleType:
+    """A Python file beside the sources that it is about, which no package holds."""
+    spec = importlib.util.spec_from_file_location(f"_setup_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+ninja_file, instances, toolkit = (
+    load(CSRC / f"{name}.py") for name in ("ninja_file", "cuda/instances", "cuda/toolkit")
+)
+Unit, NativeModule = ninja_file.Unit, ninja_file.NativeModule
+
+
 # --- What is built: one table entry a module -----------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One object file: a source, the flags it adds, and a tag that keeps its object apart."""
-
-    source: Path
-    flags: tuple[str, ...] = ()
-    tag: str = "baseline"
-    rule: str = "cxx"  # the ninja rule that compiles it
-
-
-@dataclass(frozen=True)
-class NativeModule:
-    name: str  # dotted Python name
-    units: tuple[Unit, ...]
 
 
 # The last two: GCC warns of "uninitialized" inside its own AVX-512 header.
@@ -93,10 +98,116 @@ def cpu_module() -> NativeModule:
     units = [Unit(source, baseline) for source in once]
     for isa, flags in INSTRUCTION_SETS.items():
         units += [Unit(source, (f"-DTF_ISA={isa}", *flags.split()), isa) for source in kernels]
-    return NativeModule("transformer_fast._C_cpu", tuple(units))
+    return NativeModule("transformer_fast._C_cpu", tuple(units), note=", ".join(INSTRUCTION_SETS))
 
 
-NATIVE_MODULES = [cpu_module()] if IS_LINUX else []
+# Kernels of csrc/cuda: an object for each row of the table, and what the host needs of them.
+
+
+def cuda_host_units(flags: tuple[str, ...], runtime: str, chosen: list) -> list[Unit]:
+    sources = [CSRC / "bindings" / "cuda.cpp", *(CSRC / "cuda" / "host" / f"{n}.cpp" for n in ("plan", runtime))]
+    table = Unit(Path("kernels.cpp"), flags, text=instances.table_source(chosen))
+    return [table, *(Unit(source, flags) for source in sources)]
+
+
+def check_sources(*, emulated: bool) -> list[Path]:
+    """Small kernels that tests check single instructions by; checks_faults is for the emulator alone."""
+    return [p for p in sorted((CSRC / "cuda").glob("checks*.cu")) if emulated or p.stem != "checks_faults"]
+
+
+def chosen_instances() -> list:
+    return instances.chosen(os.environ.get("TRANSFORMER_FAST_KERNELS"))
+
+
+def cuda_module() -> NativeModule:
+    try:
+        targets = instances.parse_targets(os.environ.get("TRANSFORMER_FAST_CUDA_ARCHS", "80,90a,80+PTX"))
+    except ValueError as error:
+        raise SystemExit(f"transformer_fast: {error}") from None
+    nvcc = toolkit.find_nvcc()
+    chosen = [i for i in chosen_instances() if instances.target_flags(i, targets)]
+    checks = check_sources(emulated=False)
+    words = ", ".join(targets)
+    flags = (f'-DTF_TARGETS="{words}"', "-isystem", str(toolkit.include_folder(nvcc)))
+    flags += ("-DTF_HAS_CHECKS",) if checks else ()
+    units = cuda_host_units(flags, "runtime_cuda", chosen)
+    for i in chosen:
+        machines = tuple(instances.target_flags(i, targets))
+        units.append(Unit(Path("instances", f"{i.name}.cu"), machines, rule="nvcc", text=instances.source_of(i)))
+    # The checks run where the kernels of their family do; of the host's part of them any machine's code will do.
+    for source in checks:
+        own = ["90a"] if source.stem in ("checks_sm90", "checks_wgmma") else ["80", "90a"]
+        asked = [name for name in own if name in targets] or own
+        machines = [word for name in asked for word in ("-gencode", instances.TARGETS[name])]
+        units.append(Unit(source, tuple(machines), rule="nvcc"))
+    note = f"{words}; {len(chosen)} kernels by {nvcc}"
+    return NativeModule("transformer_fast._C_cuda", tuple(units), tuple(toolkit.link_flags(nvcc)), note)
+
+
+def emulated_module() -> NativeModule:
+    # Half the time to compile of -O3, and as fast.
+    flags = ("-DTF_EMULATED", '-DTF_TARGETS="emulated"', *([] if SANITIZE else ["-O2"]))
+    chosen, checks = chosen_instances(), check_sources(emulated=True)
+    flags += ("-DTF_HAS_CHECKS",) if checks else ()
+    units = cuda_host_units(flags, "runtime_emulated", chosen)
+    units += [Unit(source, flags) for source in sorted((CSRC / "emulator").glob("*.cpp"))]
+    units += [Unit(Path("instances", f"{i.name}.cpp"), flags, text=instances.source_of(i)) for i in chosen]
+    units += [Unit(source, ("-x", "c++", *flags)) for source in checks]
+    return NativeModule("transformer_fast._C_emulated", tuple(units), note=f"{len(chosen)} kernels")
+
+
+def switch(name: str) -> bool | None:
+    """An environment variable of 1 or 0; None where it is not set."""
+    value = os.environ.get(name, "")
+    if value not in {"", "0", "1"}:
+        raise SystemExit(f"transformer_fast: {name} is {value!r}; allowed: 1 or 0")
+    return None if value == "" else value == "1"
+
+
+def why_no_cuda() -> str | None:
+    """The reason why the CUDA module is left out, None where it is built."""
+    asked = switch("TRANSFORMER_FAST_CUDA")
+    if asked is False:
+        return "TRANSFORMER_FAST_CUDA=0"
+    if SANITIZE:
+        return "a sanitized build"
+    missing = toolkit.why_no_nvcc()
+    if asked and missing:
+        raise SystemExit(f"transformer_fast: TRANSFORMER_FAST_CUDA=1, but {missing}. {toolkit.HOW_TO_INSTALL}.")
+    if missing:
+        return missing
+    if not asked and not toolkit.has_driver():
+        return "no NVIDIA driver on this machine; TRANSFORMER_FAST_CUDA=1 builds it all the same"
+    return None
+
+
+def why_no_emulator() -> str | None:
+    return None if switch("TRANSFORMER_FAST_EMULATOR") else "for tests; TRANSFORMER_FAST_EMULATOR=1 builds it"
+
+
+def native_modules() -> tuple[list[NativeModule], dict[str, str]]:
+    """The modules to build, and for each of the others why not."""
+    if not IS_LINUX:
+        return [], {}
+    makers = {
+        "cpu": (cpu_module, lambda: None),
+        "cuda": (cuda_module, why_no_cuda),
+        "emulated": (emulated_module, why_no_emulator),
+    }
+    only = [name for name in os.environ.get("TRANSFORMER_FAST_MODULES", "").split(",") if name]
+    if set(only) - set(makers):
+        raise SystemExit(f"transformer_fast: TRANSFORMER_FAST_MODULES has {only}; allowed: {', '.join(makers)}")
+    built, left_out = [], {}
+    for name, (make, why_not) in makers.items():
+        reason = "TRANSFORMER_FAST_MODULES" if only and name not in only else why_not()
+        if reason is None:
+            built.append(make())
+        else:
+            left_out[name] = reason
+    return built, left_out
+
+
+NATIVE_MODULES, LEFT_OUT = native_modules()
 
 
 # --- How it is built -----------------------------------------------------------------------------
@@ -144,51 +255,15 @@ def find_compiler() -> list[str]:
     )
 
 
-def find_ninja() -> str:
-    if importlib.util.find_spec("ninja"):
-        import ninja
-
-        packaged = Path(ninja.BIN_DIR, "ninja")
-        if packaged.exists():
-            return str(packaged)
-    found = shutil.which("ninja")
-    if not found:
-        raise SystemExit("transformer_fast: ninja not found. Install it: pip install ninja")
-    return found
-
-
-def ninja_escape(text: object) -> str:
-    """Escape a path for a ninja build line."""
-    return str(text).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
-
-
-def ninja_value(words: list[str]) -> str:
-    """Quote words for the shell, then for ninja: the value of a ninja variable."""
-    return shlex.join(words).replace("$", "$$")
-
-
-def ninja_lines(modules: dict[NativeModule, Path]) -> Iterator[str]:
-    """The text of build.ninja: a compile rule, a link rule, and every module's objects."""
+def ninja_variables() -> dict[str, list[str]]:
+    """What ninja_file's rules are told."""
     includes = [word for path in include_dirs() for word in ("-isystem", path)]
-    yield f"cxx = {ninja_value(find_compiler())}"
-    yield f"cxxflags = {ninja_value([*compile_flags(), f'-I{CSRC}', *includes])}"
-    yield f"ldflags = {ninja_value(link_flags())}"
-    yield "rule cxx"
-    yield "  command = $cxx $cxxflags $flags -MMD -MF $out.d -c $in -o $out"
-    yield "  depfile = $out.d"
-    yield "  deps = gcc"
-    yield "  description = compile $out"
-    yield "rule link"
-    yield "  command = $cxx $in -o $out $ldflags"
-    yield "  description = link $out"
-    for module, target in modules.items():
-        objects = []
-        for unit in module.units:
-            relative = unit.source.relative_to(CSRC).with_suffix("")
-            objects.append(ninja_escape(f"{module.name}/{relative}.{unit.tag}.o"))
-            yield f"build {objects[-1]}: {unit.rule} {ninja_escape(unit.source)}"
-            yield f"  flags = {ninja_value(list(unit.flags))}"
-        yield f"build {ninja_escape(target)}: link {' '.join(objects)}"
+    compiler, here = find_compiler(), f"-I{CSRC}"
+    variables = {"cxx": compiler, "cxxflags": [*compile_flags(), here, *includes], "ldflags": link_flags()}
+    if any(unit.rule == "nvcc" for module in NATIVE_MODULES for unit in module.units):
+        variables["nvcc"] = [str(toolkit.find_nvcc())]
+        variables["nvccflags"] = [*toolkit.compile_flags(compiler[0]), here]
+    return variables
 
 
 class NinjaBuildExt(build_ext):
@@ -206,11 +281,12 @@ class NinjaBuildExt(build_ext):
 
     def build_extensions(self) -> None:
         build_dir = Path(self.build_temp).resolve()
-        build_dir.mkdir(parents=True, exist_ok=True)
         modules = {module: build_dir / Path(self.get_ext_fullpath(module.name)).name for module in NATIVE_MODULES}
-        lines = [*ninja_lines(modules), ""]
-        (build_dir / "build.ninja").write_text("\n".join(lines), encoding="utf-8")
-        command = [find_ninja(), "-C", str(build_dir)]
+        ninja_file.write(build_dir, ninja_variables(), modules)
+        built = [f"{module.short_name} ({module.note})" for module in NATIVE_MODULES]
+        left_out = [f"without {name} ({reason})" for name, reason in LEFT_OUT.items()]
+        print(f"transformer_fast: building {'; '.join([*built, *left_out])}", flush=True)
+        command = [ninja_file.find_ninja(), "-C", str(build_dir)]
         if max_jobs := os.environ.get("MAX_JOBS"):
             command += ["-j", max_jobs]
         if subprocess.run(command, check=False).returncode:
@@ -260,7 +336,7 @@ setup(
     ext_modules=[
         Extension(
             module.name,
-            sources=sorted({str(unit.source.relative_to(ROOT)) for unit in module.units}),
+            sources=sorted({str(unit.source.relative_to(ROOT)) for unit in module.units if unit.text is None}),
         )
         for module in NATIVE_MODULES
     ],

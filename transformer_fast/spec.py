@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .masks import UNBOUNDED
 
-BACKENDS = ("auto", "reference", "cpu", "triton")
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda", "emulated")
 _FLOAT32 = torch.finfo(torch.float32)
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -11,16 +11,19 @@ import warnings
 
 from ..spec import AttentionSpec, UnsupportedError
 from .base import Backend, Gradients, Info, Results, Runner
+from .choice import fastest
 from .cpu import CpuBackend
+from .cuda import CudaBackend, EmulatedBackend
 from .reference import ReferenceBackend
 from .triton import TritonBackend
 
 __all__ = ["Backend", "Gradients", "Info", "REGISTRY", "Results", "Runner", "reasons", "select_backend"]
 
 #: In the order in which "auto" asks them. The reference can do everything, so what stands behind it has to be named:
-#: the Triton kernels have not run on a GPU yet.
+#: neither the Triton kernels nor the CUDA kernels have run on a GPU yet, and the emulator is for tests.
 REGISTRY: dict[str, Backend] = {
-    backend.name: backend for backend in (CpuBackend(), ReferenceBackend(), TritonBackend())
+    backend.name: backend
+    for backend in (CpuBackend(), ReferenceBackend(), TritonBackend(), CudaBackend(), EmulatedBackend())
 }
 
 
@@ -34,7 +37,8 @@ def reasons(spec: AttentionSpec) -> dict[str, str | None]:
 
 
 def select_backend(spec: AttentionSpec) -> Backend:
-    """The back end the spec names, or for "auto" the first that can do it.
+    """The back end the spec names, or for "auto" the first that can do it: of those that were measured on this machine
+    (``choice.json``) in the order of their speed, then of the registry.
 
     Where "auto" comes to the reference on CPU tensors because the CPU back end is missing, it warns: that is slow.
 
@@ -43,7 +47,8 @@ def select_backend(spec: AttentionSpec) -> Backend:
         ValueError: an environment variable asks a back end for what this machine does not have.
     """
     asked, answers = spec.options.backend, reasons(spec)
-    for name in [asked] if asked != "auto" else answers:
+    measured = [name for name in fastest(spec) if name in answers]
+    for name in [asked] if asked != "auto" else [*measured, *answers]:
         if answers[name] is None:
             return REGISTRY[name]
         info = REGISTRY[name].info()

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import masks
 from .._version import __version__
-from ..layout import broadcast_strides, output_layout, row_strides
+from ..layout import output_layout, row_strides
 from ..spec import AttentionSpec, Operands
 from .base import Backend, Gradients, Info, Results, Runner
+from .fields import DTYPES, problem_fields
 from .gradients import backward_inputs, sinks_gradient
 
 _C_cpu: Any = None
@@ -25,7 +25,6 @@ except ImportError as error:  # built without a C++ compiler, or for another Pyt
     _WHY_NOT = f"the native module transformer_fast._C_cpu does not import: {error}"
 
 _CPU = torch.device("cpu")
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 
 
 @contextmanager
@@ -49,14 +48,6 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for n in reversed(shape):
-        strides.append(0 if n == 1 else step)
-        step *= n
-    return tuple(reversed(strides))
-
-
 class CpuRunner(Runner):
     """One spec's native plan: everything but the pointers."""
 
@@ -67,54 +58,7 @@ class CpuRunner(Runner):
         query = spec.layout("query")
         assert query is not None
         self.out_shape, self.out_stride = output_layout(query.shape, query.stride, spec.head_dim_v)
-        self.plan = _C_cpu.Plan(self._fields(spec))
-
-    def _fields(self, spec: AttentionSpec) -> dict[str, Any]:
-        options = spec.options
-        left, right = masks.bounds(options.window_left, options.window_right)
-        query, key, value, bias, slopes, sinks, key_mask, seqlens_k, block_table = map(
-            spec.layout,
-            ("query", "key", "value", "bias", "alibi_slopes", "sinks", "key_padding_mask", "seqlens_k", "block_table"),
-        )
-        assert query is not None and key is not None and value is not None
-        return {
-            **{
-                name: getattr(spec, name)
-                for name in (
-                    "batch",
-                    "num_heads",
-                    "num_kv_heads",
-                    "seqlen_q",
-                    "seqlen_k",
-                    "total_q",
-                    "total_k",
-                    "head_dim",
-                    "head_dim_v",
-                    "softmax_scale",
-                )
-            },
-            "packed": spec.is_packed,
-            "dtype": _DTYPES[spec.dtype],
-            "softcap": options.softcap or 0.0,
-            "dropout_p": options.dropout_p,
-            "left": left,
-            "right": right,
-            "query": row_strides(query.stride, self.packed),
-            "key": row_strides(key.stride, self.packed),
-            "value": row_strides(value.stride, self.packed),
-            "out": row_strides(self.out_stride, self.packed),
-            "seqlens_k_stride": 1 if seqlens_k is None else seqlens_k.stride[0],
-            "page_size": spec.page_size,
-            "num_pages": key.shape[0] if spec.is_paged else 0,
-            "block_table": (0, 0) if block_table is None else tuple(block_table.stride),
-            "key_mask": (0, 0) if key_mask is None else tuple(key_mask.stride),
-            "bias_dtype": 0 if bias is None else _DTYPES[bias.dtype],
-            "bias": (0, 0, 0, 0) if bias is None else broadcast_strides(bias.shape, bias.stride),
-            "dbias": (0, 0, 0, 0) if bias is None else _contiguous_strides(tuple(bias.shape)),
-            "alibi": (0, 0) if slopes is None else (0, *slopes.stride)[-2:],
-            "sinks_dtype": 0 if sinks is None else _DTYPES[sinks.dtype],
-            "sinks_stride": 1 if sinks is None else sinks.stride[0],
-        }
+        self.plan = _C_cpu.Plan(problem_fields(spec, self.out_stride))
 
     def _pointers(self, operands: Operands) -> tuple[int, ...]:
         *tensors, seed, block_table = operands
@@ -174,7 +118,7 @@ class CpuBackend(Backend):
     def supports(self, spec: AttentionSpec) -> str | None:
         if spec.device.type != "cpu":
             return f"the tensors are on {spec.device}, this back end computes on cpu"
-        if spec.dtype not in _DTYPES:
+        if spec.dtype not in DTYPES:
             return f"dtype {str(spec.dtype).removeprefix('torch.')}; it computes float32, bfloat16 and float16"
         return None
 

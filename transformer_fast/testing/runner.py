@@ -67,10 +67,15 @@ class Target:
         return force_isa(self.isa)
 
 
+#: A case takes it seconds: it is for the tests of the kernels it runs, and has to be named.
+_SLOW = "emulated"
+
+
 def available_targets(names: list[str] | None = None) -> list[Target]:
     """The back ends of this machine, the CPU one once per instruction set that the machine can run.
 
-    `names` limits them: a back end ("cpu": all its instruction sets) or a target ("cpu/avx2").
+    `names` limits them: a back end ("cpu": all its instruction sets) or a target ("cpu/avx2"). Without names the
+    emulator is left out, since it is slow.
 
     Raises:
         ValueError: a name is unknown, or its back end is not available here; with the reason.
@@ -92,7 +97,9 @@ def available_targets(names: list[str] | None = None) -> list[Target]:
         if not any(name in (t.name, t.backend) for t in targets):
             known = ", ".join(dict.fromkeys([t.backend for t in targets] + [t.name for t in targets]))
             raise ValueError(f"no back end {name!r} here; there are: {known}")
-    return [t for t in targets if names is None or t.backend in names or t.name in names]
+    if names is None:
+        return [t for t in targets if t.backend != _SLOW]
+    return [t for t in targets if t.backend in names or t.name in names]
 
 
 @dataclass(frozen=True)

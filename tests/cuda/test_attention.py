@@ -1,0 +1,156 @@
+"""The CUDA kernels on CPU tensors, in the emulator: the whole conformance suite, by the one rule."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from transformer_fast import UnsupportedError, attention, attention_varlen, backends, explain
+from transformer_fast.testing import Case, Target, check, standard_cases
+
+EMULATED = Target("emulated")
+CASES = standard_cases()
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+LARGEST_HEAD_DIM = 256
+
+
+def _can(case: Case) -> bool:
+    return max(case.head_dim, case.head_dim_v or 0) <= LARGEST_HEAD_DIM
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("case", [case for case in CASES if _can(case)], ids=lambda case: case.name)
+def test_matches_the_oracle(case: Case, dtype: torch.dtype, seed: int, capability: int) -> None:
+    outcome = check(case, dtype, EMULATED, seed)
+    assert outcome.passed, f"\n{outcome}"
+
+
+def _normal(*shape: int) -> torch.Tensor:
+    return torch.randn(shape).to(torch.bfloat16)
+
+
+def test_dropout_is_that_of_every_back_end(capability: int) -> None:
+    """The same seed keeps the same elements, in packed sequences too: with unit vectors as values, out shows which."""
+    query, key = _normal(2, 4, 70, 16), _normal(2, 2, 90, 16)
+    unit = torch.eye(90).expand(2, 2, 90, 90).to(torch.bfloat16)
+    packed, lengths = _normal(100, 2, 16), torch.tensor([0, 30, 100], dtype=torch.int32)
+    packed_unit = torch.cat([torch.eye(70)[:30], torch.eye(70)])[:, None].expand(100, 2, 70).to(torch.bfloat16)
+    for function, arguments in (
+        (attention, (query, key, unit)),
+        (attention_varlen, (packed, packed, packed_unit, lengths, lengths, 70, 70)),
+    ):
+        kept = []
+        for backend in ("emulated", "reference"):
+            torch.manual_seed(11)
+            kept.append(function(*arguments, dropout_p=0.6, backend=backend) > 0)
+        assert torch.equal(*kept)
+        assert kept[0].any() and not kept[0].all()
+
+
+def test_rows_that_are_not_aligned(capability: int) -> None:
+    """Addresses and strides that copies of 16 bytes cannot take give the same numbers, by whatever kernel."""
+    wide = [_normal(1, 2, 80, 72) for _ in range(3)]
+    results = []
+    for shift in (0, 1):
+        leaves = []
+        for tensor in wide:
+            storage = torch.zeros(*tensor.shape[:-1], 73, dtype=tensor.dtype)
+            view = storage[..., shift : shift + 72]
+            leaves.append(view.copy_(tensor).requires_grad_())
+        out = attention(*leaves, causal=True, backend="emulated")
+        results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    for aligned, shifted in zip(*results, strict=True):
+        assert aligned.any() and torch.equal(aligned, shifted)
+
+
+def test_deterministic_gradients_are_bit_identical(capability: int) -> None:
+    """Under every order in which blocks may run."""
+    from transformer_fast.backends.cuda import _module
+
+    emulator, _ = _module("_C_emulated")
+    leaves = [_normal(2, heads, 300, 64).requires_grad_() for heads in (2, 1, 1)]
+    runs = []
+    try:
+        for seed in range(3):
+            emulator.configure(seed, shuffle_blocks=False)
+            out = attention(*leaves, causal=True, deterministic=True, backend="emulated")
+            runs.append(torch.autograd.grad(out, leaves, torch.ones_like(out)))
+    finally:
+        emulator.configure()
+    assert all(grad.any() for grad in runs[0])
+    assert all(torch.equal(*pair) for run in runs[1:] for pair in zip(runs[0], run, strict=True))
+
+
+def test_a_broadcast_bias_has_no_deterministic_gradient(capability: int) -> None:
+    x = _normal(2, 2, 20, 16).requires_grad_()
+    bias, options = torch.randn(1, 2, 20, 20), dict(deterministic=True, backend="emulated")
+    full = bias.expand(2, 2, 20, 20).contiguous()
+    attention(x, x, x, bias=bias, **options).sum().backward()  # a bias without gradient is no matter
+    attention(x, x, x, bias=full.requires_grad_(), **options).sum().backward()
+    assert full.grad is not None and full.grad.any()
+    out = attention(x, x, x, bias=bias.requires_grad_(), **options)
+    with pytest.raises(UnsupportedError, match=r"broadcast bias.*shape \(1, 2, 20, 20\).*\(2, 2, 20, 20\)"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 0, 64), (0, 4, 1, 64)], ids=["rows", "batch"])
+def test_nothing_to_do_against_many_keys(shape: tuple[int, ...], capability: int) -> None:
+    query, key = _normal(*shape), _normal(shape[0], 4, 2048, 64)
+    assert attention(query, key, key, backend="emulated").shape == shape
+
+
+def test_no_keys_and_no_rows_leave_zeros(capability: int) -> None:
+    """Gradients of what nothing looks at are written all the same."""
+    for rows, keys in ((0, 40), (40, 0)):
+        leaves = [_normal(1, 2, n, 32).requires_grad_() for n in (rows, keys, keys)]
+        out = attention(*leaves, backend="emulated")
+        for grad in (out, *torch.autograd.grad(out, leaves, torch.ones_like(out))):
+            assert torch.equal(grad, torch.zeros_like(grad))
+
+
+def test_the_way_is_told(capability: int) -> None:
+    long, short, keys = _normal(1, 2, 300, 64), _normal(1, 2, 1, 64), _normal(1, 1, 4096, 64)
+    tiled, decode = (explain(q, keys, keys, backend="emulated").path for q in (long, short))
+    assert tiled.startswith("tiled forward, ") and ("wgmma and TMA" in tiled) == (capability == 90)
+    assert decode.startswith("split-KV decode, ") and "decode_sm80_bf16_64_plain" in decode
+    odd = explain(*(_normal(1, 2, 300, 33) for _ in range(3)), backend="emulated").path
+    assert "mma.sync" in odd and ("16 bytes" in odd) == (capability == 90)
+
+
+def test_splits_join_to_the_same_numbers(capability: int, seed: int) -> None:
+    """Few rows against many keys: partial results, joined by the last block."""
+    case = Case("decode", "decode_split", num_heads=2, num_kv_heads=1, seqlen_q=1, seqlen_k=1500, head_dim=64)
+    assert "splits" in explain(_normal(1, 2, 1, 64), *(_normal(1, 1, 1500, 64),) * 2, backend="emulated").path
+    outcome = check(case, torch.bfloat16, EMULATED, seed)
+    assert outcome.passed, f"\n{outcome}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_a_bias_of_the_lowest_number(dtype: torch.dtype, seed: int, capability: int) -> None:
+    """How Hugging Face hides keys, whole rows too: scores near -FLT_MAX, of which the differences are what counts."""
+    case = Case("bias", "bias_lowest", num_heads=2, seqlen_q=20, seqlen_k=70, head_dim=32, bias="float_lowest")
+    outcome = check(case, dtype, EMULATED, seed)
+    assert outcome.passed, f"\n{outcome}"
+
+
+def test_what_it_cannot_do_is_said(capability: int) -> None:
+    x = torch.randn(1, 1, 4, LARGEST_HEAD_DIM + 1)
+    with pytest.raises(UnsupportedError, match="head_dim 257; it computes up to 256"):
+        attention(*(x.half(),) * 3, backend="emulated")
+    for dtype in (torch.float32, torch.float64):
+        with pytest.raises(UnsupportedError, match=f"dtype {str(dtype)[6:]}; it computes bfloat16 and float16"):
+            attention(*(x.to(dtype),) * 3, backend="emulated")
+
+
+def test_it_has_to_be_asked_for_by_name(capability: int) -> None:
+    x = _normal(1, 2, 9, 8)
+    assert backends()["emulated"].available
+    assert explain(x, x, x).backend == "cpu"
+
+
+def test_its_results_are_not_nan(capability: int) -> None:
+    """Scratch memory is full of NaN in tests: nothing of it is read before it is written."""
+    query, keys = _normal(1, 4, 3, 128), _normal(1, 2, 3000, 128)
+    assert math.isfinite(attention(query, keys, keys, backend="emulated").float().sum())

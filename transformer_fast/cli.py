@@ -284,6 +284,9 @@ def kernels(
     capability: Annotated[
         list[int] | None, typer.Option(help="90 for compute capability 9.0. Repeat for more; 80, 90, 100 by default.")
     ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="triton or cuda (those in C++); by default all that can be compiled here.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Only compute capability 9.0.")] = False,
     output: Annotated[Path, typer.Option(help="Directory for kernels.json and kernels.md.", file_okay=False)] = Path(
         "reports/kernels"
@@ -292,10 +295,11 @@ def kernels(
         bool, typer.Option("--update-baseline", help="Make what is found the baseline that later runs compare with.")
     ] = False,
 ) -> None:
-    """Compile the Triton kernels for GPUs that need not be here, and read their machine code.
+    """Compile the GPU kernels, in Triton and in C++, for GPUs that need not be here, and read their machine code.
 
-    Exit status 1 if one spills, loses its tensor cores or TMA loads, has fewer CTAs on a multiprocessor than its
-    configuration says, or has inner loops over 3% longer than the baseline's.
+    What a build has compiled is taken from there. Exit status 1 if a kernel spills, loses its tensor cores or TMA
+    loads, has fewer CTAs on a multiprocessor than its configuration says, waits for products beside which it computed
+    before, or has inner loops over 3% longer than the baseline's.
     """
     from transformer_fast.testing import kernel_report
     from transformer_fast.testing.kernel_tables import print_report
@@ -308,8 +312,9 @@ def kernels(
             progress.update(task, completed=done, total=total, description=what)
 
         with _usage_errors():
-            chosen = capability or ([90] if quick else kernel_report.CAPABILITIES)
-            report = kernel_report.report(capabilities=chosen, update_baseline=update_baseline, progress=advance)
+            report = kernel_report.report(
+                capability or ([90] if quick else None), only or (), update_baseline=update_baseline, progress=advance
+            )
     print_report(report, console)
     _, markdown_path = report.write(output)
     console.print(f"Report: {markdown_path}", soft_wrap=True, highlight=False)

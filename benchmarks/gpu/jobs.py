@@ -21,6 +21,7 @@ from transformer_fast.testing.verify import DTYPES
 from ..measure import NotApplicableError
 from . import model
 from .check import Judge
+from .cuda_module import native_module
 from .device import Device
 from .peers import DRY_PEERS, PEERS, Peer
 from .shapes import SHAPES, Shape
@@ -73,6 +74,19 @@ def conformance_job(device: Device, job: Job) -> Row:
     if outcome.status != "passed":
         row["text"] = str(outcome)
     return row
+
+
+def instruction_job(device: Device, job: Job) -> Row:
+    """One PTX instruction by itself, against what its documentation says."""
+    from transformer_fast.testing import instructions
+    from transformer_fast.testing.instructions.bench import capability_of
+
+    module = native_module(job["backend"])
+    bench = instructions.Bench(module, device.torch_device, job.get("seed", 0))
+    if job["name"] not in instructions.check_names(module, capability_of(bench.device)):
+        return {"status": "not applicable", "text": "this device does not have it"}
+    result = instructions.run_one(bench, job["name"])
+    return {"status": "passed" if result.passed else "failed", "text": result.detail}
 
 
 def _standard_cases() -> dict[str, Case]:
@@ -205,6 +219,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 JOBS: dict[str, Callable[[Device, Job], Row]] = {
     "environment": environment_job,
+    "instruction": instruction_job,
     "conformance": conformance_job,
     "timing": timing_job,
     "compile": compile_job,

@@ -8,12 +8,12 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformer_fast.backends import REGISTRY
-
+from .cuda_module import chosen_backends
 from .plan import DEFAULT_BUDGET, SECTIONS, Settings
 from .record import Record
 from .run import Run, finished, say
@@ -37,19 +37,23 @@ def main(arguments: Sequence[str], command: Sequence[str], root: Path | None) ->
         return 0
     if asked.render:
         return _render(asked.render)
+    if asked.choose:
+        return _choose(asked.choose)
     dry = asked.dry_run
     if not dry and not _has_device():
-        say("No CUDA device here: this is a dry run, tiny shapes in Triton's interpreter; its figures mean nothing.")
+        say("No CUDA device here: this is a dry run, tiny shapes on the CPU; its figures mean nothing.")
         dry = True
-    settings = Settings(dry, asked.budget, tuple(asked.backend), tuple(asked.only), asked.seed)
+    start = time.monotonic()
+    backends, left_out = chosen_backends(asked.backend, dry=dry, root=root, budget=asked.budget, say=say)
+    settings = Settings(dry, asked.budget, tuple(backends), tuple(asked.only), asked.seed)
     directory = asked.output or (root / "benchmarks" / "results" if root and not dry else Path("reports") / "gpu")
-    about = {"budget": settings.budget, "backends": settings.backends, "seed": settings.seed}
+    about = {"budget": settings.budget, "backends": settings.backends, "left_out": left_out, "seed": settings.seed}
     hidden = [str(path) for path in (root, sys.prefix, sys.base_prefix, Path.home()) if path]
     record = Record(directory, dry=dry, stem=asked.stem, about=about, hidden=hidden)
     record.learn(_software(root, asked.commit))
     worker = [*command, "--worker", *(["--dry-run"] if dry else [])]
     stop = threading.Event()
-    run = Run(settings, record, worker, stop)
+    run = Run(settings, record, worker, stop, start)
     _on_signals(run, stop)
     status = run.go()
     markdown = finished(record)
@@ -69,14 +73,15 @@ def _parser(root: Path | None) -> argparse.ArgumentParser:
     parser.add_argument("--budget", type=float, default=DEFAULT_BUDGET, help="seconds for the whole run (%(default)s)")
     parser.add_argument("--only", nargs="+", default=[], choices=[s.name for s in SECTIONS], metavar="SECTION",
                         help=f"only these, after the environment: {', '.join(s.name for s in SECTIONS)}")  # fmt: skip
-    parser.add_argument("--backend", nargs="+", default=[name for name in ("triton", "cuda") if name in REGISTRY],
-                        help="back ends of ours (%(default)s)")  # fmt: skip
+    parser.add_argument("--backend", nargs="+", help="back ends of ours (triton cuda; in a dry run triton emulated)")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, whatever the machine has")
     parser.add_argument("--seed", type=int, default=0, help="of the conformance cases")
     parser.add_argument("--stem", help="name of the files; by default <date>-<device>")
     parser.add_argument("--commit", default=os.environ.get(COMMIT_VARIABLE),
                         help=f"name of the commit, where there is no .git (${COMMIT_VARIABLE})")  # fmt: skip
     parser.add_argument("--render", type=Path, metavar="JSON", help="make Markdown and plots again, and stop")
+    parser.add_argument("--choose", type=Path, metavar="JSON",
+                        help='let backend="auto" take what was the fastest in a run, and stop')  # fmt: skip
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser
 
@@ -89,6 +94,19 @@ def _render(path: Path) -> int:
         say(f"wrote {write_markdown(data, path.with_suffix('.md'))}")
     except (OSError, ValueError, KeyError) as error:
         sys.stderr.write(f"error: --render is {path}, which is not the JSON of a run: {error!r}\n")
+        return 2
+    return 0
+
+
+def _choose(path: Path) -> int:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        from .choice import choose
+
+        for entry in choose(data, path.name):
+            say(f"{entry.phase}, head_dim up to {entry.head_dim}: {', then '.join(entry.backends)}")
+    except (OSError, ValueError, KeyError) as error:
+        sys.stderr.write(f"error: --choose is {path}, from which nothing can be chosen: {error!r}\n")
         return 2
     return 0
 

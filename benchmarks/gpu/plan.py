@@ -9,6 +9,7 @@ from typing import Any
 
 from transformer_fast.testing.suite import standard_cases
 
+from .cuda_module import NATIVE
 from .jobs import LAUNCH_SHAPES, SMOKE_CASES
 from .model import MODELS
 from .shapes import SHAPES, Shape
@@ -60,6 +61,19 @@ def _environment(settings: Settings) -> list[Job]:
     return [{"kind": "environment", "name": "environment"}]
 
 
+def _instructions(settings: Settings) -> list[Job]:
+    """Each instruction of the back end in C++ by itself: what fails there explains all else that does."""
+    from transformer_fast.testing.instructions import CHECKS
+
+    checks = list(CHECKS)[:: 10 if settings.dry else 1]  # all of them are in the test suite
+    return [
+        {"kind": "instruction", "name": check, "backend": backend, "seed": settings.seed}
+        for backend in settings.backends
+        if backend in NATIVE
+        for check in checks
+    ]
+
+
 def smoke_jobs(settings: Settings) -> list[Job]:
     """The small problems that come first, and that the sanitizer watches."""
     return [_case_job(settings, name, "bfloat16", backend) for name in SMOKE_CASES for backend in settings.backends]
@@ -103,6 +117,8 @@ def _compile(settings: Settings) -> list[Job]:
     for shape in _timed(settings)[: 3 if settings.dry else None]:
         masks = (shape.causal, shape.window_left is None, shape.lengths is None, shape.is_decode)
         for who in settings.backends:
+            if who in NATIVE:  # compiled long ago
+                continue
             key = (who, shape.phase, shape.form, shape.head_dim, shape.group_size, *masks)
             seen.setdefault(key, {"kind": "compile", "name": shape.name, "contestant": who})
         if shape.flex:
@@ -133,12 +149,13 @@ def _launch(settings: Settings) -> list[Job]:
 
 SECTIONS: tuple[Section, ...] = (
     Section("environment", "the device and its limits", 0.06, _environment),
+    Section("instructions", "each instruction of the C++ kernels by itself", 0.04, _instructions, 30.0),
     Section("smoke", "a few small problems against the oracle", 0.06, smoke_jobs),
-    Section("conformance", "conformance, core cases", 0.22, _conformance(core=True), 60.0, None),
-    Section("compile", "compilation of what will be timed", 0.10, _compile, 120.0, None),
-    Section("timings", "speed", 0.36, _timings, 75.0),
+    Section("conformance", "conformance, core cases", 0.19, _conformance(core=True), 60.0, None),
+    Section("compile", "compilation of what will be timed", 0.09, _compile, 120.0, None),
+    Section("timings", "speed", 0.34, _timings, 75.0),
     Section("models", "a model's step", 0.05, _models, 60.0),
     Section("launch", "what a call costs on the host, CUDA graphs", 0.04, _launch, 45.0),
-    Section("sanitizer", "memory and races, by compute-sanitizer", 0.08, smoke_jobs, 60.0),
+    Section("sanitizer", "memory and races, by compute-sanitizer", 0.10, smoke_jobs, 60.0),
     Section("conformance_rest", "conformance, the other cases", 0.03, _conformance(core=False), 60.0, None),
 )

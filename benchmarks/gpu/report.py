@@ -24,7 +24,7 @@ def write_markdown(data: Mapping[str, Any], path: Path) -> Path:
 
 def to_markdown(data: Mapping[str, Any]) -> str:
     """Everything that was found, and what was not run."""
-    lines = [*_head(data), *_goals(data), *_speed(data), *_models(data), *_launch(data)]
+    lines = [*_head(data), *_goals(data), *_speed(data), *_models(data), *_launch(data), *_instructions(data)]
     lines += [*_conformance(data), *_sanitizer(data), *_compilation(data), *_missing(data), *_sections(data)]
     return "\n".join(lines) + "\n"
 
@@ -42,7 +42,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def one_line(row: Row) -> str:
     """A row for whoever watches the run."""
-    name = row.get("name") or f"{row['case']} {row['dtype']} {row['backend']}"
+    words = [row.get("name") or f"{row['case']} {row['dtype']}", row.get("backend", "")]
+    name = " ".join(word for word in words if word)
     parts = [f"{row['status']}"] if row["status"] != "ok" else []
     for own, found in row.get("figures", {}).items():
         rate = f"{found['gigabytes_per_second']:.0f} GB/s" if row["is_decode"] else f"{found['tflops']:.3g} TFLOP/s"
@@ -69,7 +70,8 @@ def _head(data: Mapping[str, Any]) -> list[str]:
     limits = facts.get("limits", {})
     lines = [f"# Attention on {facts.get('device', 'an unknown device')}, checked and measured", ""]
     if data["dry_run"]:
-        lines += ["**A dry run: tiny shapes on a CPU, in Triton's interpreter. No figure here means anything.**", ""]
+        where = "in Triton's interpreter and our emulator"
+        lines += [f"**A dry run: tiny shapes on a CPU, {where}. No figure here means anything.**", ""]
     if not data["complete"]:
         why = data["ended"] or "still running, or ended from outside"
         lines += [f"**Cut short ({why}): this is what it has.**", ""]
@@ -80,6 +82,8 @@ def _head(data: Mapping[str, Any]) -> list[str]:
         f"transformer_fast {facts.get('transformer_fast', '?')} (commit {commit}{dirty}); {', '.join(versions)}; "
         f"{data['started']}, {data['seconds']:.0f} s."
     )
+    for name, reason in data.get("left_out", {}).items():
+        lines.append(f"Without the back end {name}: {reason}.")
     if limits:
         lines.append(
             f"Limits measured in this run: a bfloat16 product {limits['matmul_flops'] / 1e12:.3g} TFLOP/s, a copy "
@@ -189,6 +193,20 @@ def _launch(data: Mapping[str, Any]) -> list[str]:
         result = f"{row['replay_us']:.1f} us a replay" if row["status"] == "ok" else f"**{row['status']}** {_cell(row)}"
         rows.append([f"CUDA graph, {row['backend']}", result])
     return ["## What a call costs on the host", "", *table(["call", "time"], rows)] if rows else []
+
+
+def _instructions(data: Mapping[str, Any]) -> list[str]:
+    """Each instruction by itself; only those that are wrong are named."""
+    rows = rows_of(data, "instruction")
+    if not rows:
+        return []
+    lines = ["## Instructions", ""]
+    for backend in dict.fromkeys(row["backend"] for row in rows):
+        mine = [row for row in rows if row["backend"] == backend]
+        counts = Counter("failed" if row["status"] in BAD else row["status"] for row in mine)
+        lines += [f"{backend}: " + ", ".join(f"{count} {status}" for status, count in counts.items()) + ".", ""]
+    wrong = [[row["name"], row["status"], _cell(row)] for row in rows if row["status"] in BAD]
+    return lines + table(["instruction", "", ""], wrong)
 
 
 def _conformance(data: Mapping[str, Any]) -> list[str]:

@@ -24,6 +24,10 @@ Row = dict[str, Any]
 GRACE = 15.0
 #: compute-sanitizer's exit status where it has found something.
 FOUND = 86
+#: Kinds of jobs of which there are many, and nobody wants to read of each that it went well.
+QUIET = ("conformance", "instruction")
+#: The quickest of the smoke cases.
+DRY_SMOKE_CASE = "smoke_packed"
 SANITIZER_TOOLS = {"memcheck": "ERROR SUMMARY", "racecheck": "RACECHECK SUMMARY"}
 
 
@@ -39,12 +43,20 @@ class Run:
     Args:
         command: starts a worker; see ``worker.serve``.
         stop: set by whoever wants the run to end; it then ends with what it has.
+        start: when the budget began to run (``time.monotonic``); now by default.
     """
 
-    def __init__(self, settings: Settings, record: Record, command: Sequence[str], stop: threading.Event) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        record: Record,
+        command: Sequence[str],
+        stop: threading.Event,
+        start: float | None = None,
+    ) -> None:
         self.settings, self.record, self.stop = settings, record, stop
         self._command = list(command)
-        self._start = time.monotonic()
+        self._start = time.monotonic() if start is None else start
         self._last_call = self._start + settings.budget + GRACE
         self._crew = Crew(self._spawn, stop)
         self._wanted = [s for s in SECTIONS if not settings.only or s.name in ("environment", *settings.only)]
@@ -62,11 +74,12 @@ class Run:
         """Runs everything; the exit status: 1 if anything of ours is wrong."""
         self.record.about["planned"] = [section.name for section in self._wanted]
         try:
-            share, whole = 0.0, sum(section.share for section in self._wanted)
+            share, whole, begin = 0.0, sum(section.share for section in self._wanted), time.monotonic()
+            left = self._start + self.settings.budget - begin
             for section in self._wanted:
                 share += section.share / whole
                 if not self.stop.is_set():
-                    self._section(section, self._start + share * self.settings.budget)
+                    self._section(section, begin + share * left)
         finally:
             self._crew.kill()
             self.record.finish(self.ended, time.monotonic() - self._start)
@@ -109,7 +122,7 @@ class Run:
                 return again
             done += 1
             kept = add(section.name, row)
-            if kept["kind"] != "conformance" or kept["status"] in BAD:
+            if kept["kind"] not in QUIET or kept["status"] in BAD:
                 say(f"{section.name} {done}/{len(jobs)} {one_line(kept)}")
             return None
 
@@ -124,6 +137,14 @@ class Run:
         return left, {}
 
     # -------------------------------------------------------------------------------------------- special sections
+
+    def instructions(self, section: Section, jobs: list[Row], deadline: float) -> tuple[list[Row], dict[str, Any]]:
+        """One row an instruction, where the back end in C++ is there."""
+        if not jobs:
+            reasons = self.record.about.get("left_out") or {"cuda": "it was not asked for"}
+            text = "; ".join(f"without the back end {name}: {reason}" for name, reason in reasons.items())
+            return [], {"status": "skipped", "text": text}
+        return self.run_jobs(section, jobs, deadline)
 
     def environment(self, section: Section, jobs: list[Row], deadline: float) -> tuple[list[Row], dict[str, Any]]:
         """The device's facts go where every later row finds them."""
@@ -143,7 +164,7 @@ class Run:
             return [], {"status": "skipped", "text": "compute-sanitizer is not on this machine"}
         left: list[Row] = []
         if self.settings.dry:
-            jobs = jobs[1:2]  # the quickest of them
+            jobs = [job for job in jobs if job["case"] == DRY_SMOKE_CASE]
         for place, (tool, summary) in enumerate(SANITIZER_TOOLS.items()):
             part = time.monotonic() + (deadline - time.monotonic()) / (len(SANITIZER_TOOLS) - place)
             prefix = [program or "", "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20"]
@@ -212,6 +233,7 @@ def _sanitized(tool: str, summary: str, rows: list[Row], endings: list[tuple[int
 
 SPECIAL: dict[str, Callable[[Run, Section, list[Row], float], tuple[list[Row], dict[str, Any]]]] = {
     "environment": Run.environment,
+    "instructions": Run.instructions,
     "sanitizer": Run.sanitizer,
 }
 

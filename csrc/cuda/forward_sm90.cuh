@@ -10,181 +10,22 @@
 // run while the consumers finish the tile before.
 #pragma once
 
-#include "cuda/hidden_values.cuh"
-#include "cuda/pipeline.cuh"
+#include "cuda/forward_producer_sm90.cuh"
 #include "cuda/row_stores.cuh"
-#include "cuda/tensor_maps.cuh"
 #include "cuda/wgmma_tiles.cuh"
 
 namespace tf {
 namespace cuda {
 
-template <class E, int kHeadDim, bool kModified, int kConsumers, int kBlockN_, int kStages>
-struct ForwardSm90 {
-    static constexpr int kThreads = 128 * (kConsumers + 1), kMinBlocks = 1;
-    static constexpr int kBlockM = 64 * kConsumers, kBlockN = kBlockN_;
-    static constexpr bool kPersistent = true;
-    static constexpr int kQueryBytes = 64 * kHeadDim * 2, kKeyBytes = kBlockN * kHeadDim * 2;
-
-    // A thread of the producer's group takes no sums into registers, and leaves its own to the consumers. All together
-    // have 65536 / kThreads (rounded down to a multiple of 8) each at the start, and may not have more afterwards.
-    static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
-    static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
-
-    // At head_dim 256 a warpgroup's products take so long that turns only cost.
-    static constexpr bool kTurns = kHeadDim <= 128;
-
-    // What the producer finds out about a job, for all to read in shared memory.
-    struct Tile {
-        Job job;
-        DeviceSequence s;
-        PackedRows rows;
-        int begin, stop;  // keys that some row sees
-        BlockRange blocks;
-        uint32_t queries;  // parity of the barriers of Q
-        TF_DEVICE bool is_end() const { return job.tile < 0; }
-    };
-    static TF_DEVICE void find_tile(const Arguments& a, int number, Tile& tile) {
-        tile.job = job_of(a, number, true);
-        tile.s = sequence_of(a, tile.job.batch);
-        tile.rows = packed_rows(a, tile.s, tile.job, kBlockM);
-        const TileRange range = keys_of(tile.s, tile.rows);
-        tile.begin = static_cast<int>(range.begin);
-        tile.stop = static_cast<int>(range.end);
-        tile.blocks = blocks_of<kBlockN>(range, false);
-    }
-
-    // Whether a bias or holes may hide keys that the intervals show.
-    static TF_DEVICE bool hides_inside(const Arguments& a, const Tile& tile) {
-        return kModified && (tile.s.holes || a.problem.bias.data != nullptr);
-    }
-    // Whether block j of V may hold what no row of the tile sees.
-    static TF_DEVICE bool must_clean(const Arguments& a, const Tile& tile, int j) {
-        return hides_inside(a, tile) || j * kBlockN < tile.begin || (j + 1) * kBlockN > tile.stop;
-    }
-
-    struct RowKeys {
-        int lo, hi;
-    };
-    struct Barriers {
-        uint64_t query_full[kConsumers], query_empty[kConsumers];
-        RingBarriers<kStages> key, value;
-        uint64_t landed[kStages];  // values that have to be cleaned before they are full
-        Mailbox<Tile> jobs;
-        RowKeys rows[kBlockM];
-        float nowhere;
-    };
-    struct Shared {
-        char* base;
-        TF_DEVICE char* query(int consumer) const { return base + consumer * kQueryBytes; }
-        TF_DEVICE char* key(int stage) const { return base + kConsumers * kQueryBytes + stage * kKeyBytes; }
-        TF_DEVICE char* value(int stage) const { return key(kStages + stage); }
-        TF_DEVICE Barriers& barriers() const { return *reinterpret_cast<Barriers*>(key(2 * kStages)); }
-    };
-    static constexpr int kSharedBytes =
-        kConsumers * kQueryBytes + 2 * kStages * kKeyBytes + static_cast<int>(sizeof(Barriers));
-
-    enum NamedBarrier { kTurn = 1, kCleaners = kTurn + kConsumers, kQueryRows };  // kQueryRows + consumer
-
-    // ---------------------------------------------------------------------------------------- host
-
-    static const char* refuses(const Arguments& a) { return key_map_refuses(a, kBlockN); }
-
-    static void describe(const Arguments& a, MapRequests& maps) {
-        const Problem& p = a.problem;
-        maps.key = key_geometry(p, p.key, p.head_dim, kBlockN);
-        maps.value = key_geometry(p, p.value, p.head_dim_v, kBlockN);
-        if (packed_rows_are_boxes(p, p.query, 64)) maps.query = packed_rows_geometry(p, p.query, p.head_dim, 64);
-    }
-
-    // ---------------------------------------------------------------------------------------- the producer
-
-    // One thread. K of a block goes before V of the block before it: the order in which they are used.
-    static TF_DEVICE void produce(const Arguments& a, const Shared& shared) {
-        Barriers& barriers = shared.barriers();
-        const Problem& p = a.problem;
-        const int count = job_count(a), box_rows = key_box_rows(p, kBlockN);
-        const bool query_boxes = packed_rows_are_boxes(p, p.query, 64);
-        RingPosition<kStages> key_at, value_at;
-        int jobs = 0;
-        uint32_t queries = 0;
-        for (int number = ptx::block_x(); number < count; ++jobs) {
-            Tile& tile = barriers.jobs.place(jobs);
-            tile.queries = queries;
-            find_tile(a, number, tile);
-            barriers.jobs.post(jobs);
-            number = ptx::atomic_add(a.queue, 1) + ptx::blocks_x();
-
-            const auto load_key = [&](int j) {
-                uint64_t* full = &barriers.key.full[key_at.stage];
-                barriers.key.wait_empty(key_at);
-                ptx::mbarrier_arrive_expect(full, key_bytes<kBlockN, kHeadDim>(box_rows, j * kBlockN, tile.stop));
-                load_keys<kBlockN, kHeadDim>(p, p.key, &a.key_map, box_rows, tile.s, tile.job.kv_head, j * kBlockN,
-                                             tile.stop, shared.key(key_at.stage), full);
-                key_at.advance();
-            };
-            const auto load_value = [&](int j) {
-                uint64_t* full =
-                    must_clean(a, tile, j) ? &barriers.landed[value_at.stage] : &barriers.value.full[value_at.stage];
-                barriers.value.wait_empty(value_at);
-                ptx::mbarrier_arrive_expect(full, key_bytes<kBlockN, kHeadDim>(box_rows, j * kBlockN, tile.stop));
-                load_keys<kBlockN, kHeadDim>(p, p.value, &a.value_map, box_rows, tile.s, tile.job.kv_head, j * kBlockN,
-                                             tile.stop, shared.value(value_at.stage), full);
-                value_at.advance();
-            };
-
-            const int first = tile.blocks.first, last = tile.blocks.stop - 1;
-            if (last < first) continue;
-            load_key(last);
-            if (query_boxes) {
-                for (int c = 0; c < kConsumers; ++c) {
-                    ptx::mbarrier_wait(&barriers.query_empty[c], queries ^ 1);
-                    ptx::mbarrier_arrive_expect(&barriers.query_full[c], kQueryBytes);
-                    load_packed_rows<64, kHeadDim>(p.query, &a.query_map, tile.s, tile.rows, tile.job.kv_head, 64 * c,
-                                                   shared.query(c), &barriers.query_full[c]);
-                }
-                queries ^= 1;
-            }
-            for (int j = last - 1; j >= first; --j) {
-                load_key(j);
-                load_value(j + 1);
-            }
-            load_value(first);
-        }
-        barriers.jobs.place(jobs).job.tile = -1;
-        barriers.jobs.post(jobs);
-    }
-
-    // ---------------------------------------------------------------------------------------- the cleaners
-
-    static constexpr int kCleanerThreads = 96;  // the other warps of the producer's group
-
-    static TF_DEVICE void clean_values(const Arguments& a, const Shared& shared, int thread) {
-        using Values = HiddenValues<E, kBlockN, kHeadDim, kCleanerThreads>;
-        Barriers& barriers = shared.barriers();
-        RingPosition<kStages> value_at;
-        uint32_t landed = 0;  // parities, a bit for each stage
-        for (int jobs = 0;; ++jobs) {
-            const Tile& tile = barriers.jobs.take(jobs);
-            if (tile.is_end()) return;
-            for (int j = tile.blocks.stop - 1; j >= tile.blocks.first; --j, value_at.advance()) {
-                if (!must_clean(a, tile, j)) continue;
-                const int stage = value_at.stage, n = j * kBlockN;
-                ptx::mbarrier_wait(&barriers.landed[stage], landed >> stage & 1);
-                landed ^= 1u << stage;
-                Values::clean_outside(shared.value(stage), thread, n, tile.begin, tile.stop);
-                if (kModified && hides_inside(a, tile)) {
-                    Values::clean_inside(a, tile.s, tile.rows, shared.value(stage), thread, n, tile.begin, tile.stop);
-                }
-                ptx::fence_async_proxy();
-                ptx::barrier_sync(kCleaners, kCleanerThreads);
-                if (thread == 0) ptx::mbarrier_arrive(&barriers.value.full[stage]);
-            }
-            barriers.jobs.release(jobs);
-        }
-    }
-
-    // ---------------------------------------------------------------------------------------- the consumers
+template <class Shape>
+struct ForwardConsumerSm90 {
+    using E = typename Shape::E;
+    using Shared = typename Shape::Shared;
+    using Barriers = typename Shape::Barriers;
+    using Tile = typename Shape::Tile;
+    static constexpr int kHeadDim = Shape::kHeadDim, kConsumers = Shape::kConsumers, kBlockN = Shape::kBlockN,
+                         kStages = Shape::kStages;
+    static constexpr bool kModified = Shape::kModified, kTurns = Shape::kTurns;
 
     // What a consumer keeps from tile to tile, and what it has of a tile.
     struct Consumer {
@@ -200,10 +41,10 @@ struct ForwardSm90 {
 
     // Products of all consumers take turns; a consumer waits for the one before it and tells the one after.
     static TF_DEVICE void wait_for_turn(const Consumer& me) {
-        if (kTurns) ptx::barrier_sync(kTurn + me.number, 256);
+        if (kTurns) ptx::barrier_sync(Shape::kTurn + me.number, 256);
     }
     static TF_DEVICE void pass_turn(int from) {
-        if (kTurns) ptx::barrier_arrive(kTurn + (from + 1 == kConsumers ? 0 : from + 1), 256);
+        if (kTurns) ptx::barrier_arrive(Shape::kTurn + (from + 1 == kConsumers ? 0 : from + 1), 256);
     }
 
     static TF_DEVICE void wait_for_query(const Arguments& a, const Shared& shared, const Tile& tile, Consumer& me) {
@@ -212,7 +53,7 @@ struct ForwardSm90 {
             ptx::mbarrier_wait(&shared.barriers().query_full[me.number], tile.queries);
             return;
         }
-        const int barrier = kQueryRows + me.number;
+        const int barrier = Shape::kQueryRows + me.number;
         ptx::barrier_sync(barrier, 128);  // products of the last tile may still be read by other warps
         load_rows<E, 64, kHeadDim, 128>(
             shared.query(me.number), ptx::forget(ptx::thread() % 128), static_cast<int>(p.head_dim), true, p.query.data,
@@ -251,14 +92,14 @@ struct ForwardSm90 {
             modify_scores<kBlockN>(a, tile.s, rows, n, s);
             if (masked) mask_scores<kBlockN>(rows, n, s);
             softmax_step<kBlockN, true>(s, sums.softmax, sums.factor, shrink);
-            if (a.seed != nullptr) drop<kBlockN>(a, static_cast<uint64_t>(*a.seed), tile.s, rows, n, s);
+            if (a.problem.dropout_p > 0.0) drop<kBlockN>(a, static_cast<uint64_t>(*a.seed), tile.s, rows, n, s);
         } else {
             if (masked) {
                 ThreadRows rows;
                 const int row = first_row();
                 TF_UNROLL
                 for (int r = 0; r < 2; ++r) {
-                    const RowKeys keys = shared.barriers().rows[row + 8 * r];
+                    const auto keys = shared.barriers().rows[row + 8 * r];
                     rows.lo[r] = keys.lo, rows.hi[r] = keys.hi;
                 }
                 mask_scores<kBlockN>(rows, n, s);
@@ -296,6 +137,8 @@ struct ForwardSm90 {
         pack_rows<E, kBlockN>(s, sums.p);
     }
 
+    static TF_DEVICE bool is_edge(const BlockRange& blocks, int j) { return j >= blocks.partial || j < blocks.full; }
+
     static TF_DEVICE void attend(const Arguments& a, const Shared& shared, const Tile& tile, const BlockRange& blocks,
                                  Consumer& me, Sums& sums) {
         Barriers& barriers = shared.barriers();
@@ -317,13 +160,13 @@ struct ForwardSm90 {
             ptx::wgmma_pin(s);
             barriers.key.release(me.key_at);
             me.key_at.advance();
-            exponentials(a, shared, tile, j * kBlockN, true, sums, s, shrink);
+            exponentials(a, shared, tile, j * kBlockN, is_edge(blocks, j), sums, s, shrink);
             pack_rows<E, kBlockN>(s, sums.p);
         }
         --j;
         if constexpr (kModified) {  // where steps are long, one copy of their code is enough
             for (; j >= blocks.first; --j) {
-                step(a, shared, tile, j, j >= blocks.partial || j < blocks.full, me, sums);
+                step(a, shared, tile, j, is_edge(blocks, j), me, sums);
             }
         } else {  // at the right edge, in the middle, at the left edge; the edges share their code
             for (int edge = blocks.partial; j >= blocks.first; edge = blocks.first) {
@@ -375,12 +218,34 @@ struct ForwardSm90 {
             mailbox.release(jobs);
         }
     }
+};
 
-    // ---------------------------------------------------------------------------------------- all together
+template <class E, int kHeadDim, bool kModified, int kConsumers, int kBlockN_, int kStages>
+struct ForwardSm90 {
+    using Shape = ForwardShapeSm90<E, kHeadDim, kModified, kConsumers, kBlockN_, kStages>;
+    static constexpr int kThreads = Shape::kThreads, kMinBlocks = 1;
+    static constexpr int kBlockM = Shape::kBlockM, kBlockN = Shape::kBlockN, kSharedBytes = Shape::kSharedBytes;
+    static constexpr bool kPersistent = true;
+
+    static const char* refuses(const Arguments& a) { return key_map_refuses(a, kBlockN); }
+
+    // Blocks of more than 128 keys pay where nearly all of them are full.
+    static bool suits(const Problem& p) {
+        const bool windowed = p.right < p.seqlen_q || p.left < p.seqlen_k;
+        const bool long_enough = p.seqlen_k >= 2048 || p.seqlen_k % kBlockN == 0;
+        return kBlockN <= 128 || (!windowed && long_enough && !p.packed && p.page_size == 0 && p.key_mask == nullptr);
+    }
+
+    static void describe(const Arguments& a, MapRequests& maps) {
+        const Problem& p = a.problem;
+        maps.key = key_geometry(p, p.key, p.head_dim, kBlockN);
+        maps.value = key_geometry(p, p.value, p.head_dim_v, kBlockN);
+        if (packed_rows_are_boxes(p, p.query, 64)) maps.query = packed_rows_geometry(p, p.query, p.head_dim, 64);
+    }
 
     static TF_DEVICE void run(const Arguments& a, char* memory) {
-        const Shared shared{memory};
-        Barriers& barriers = shared.barriers();
+        const typename Shape::Shared shared{memory};
+        typename Shape::Barriers& barriers = shared.barriers();
         if (ptx::thread() == 0) {
             for (int c = 0; c < kConsumers; ++c) {
                 ptx::mbarrier_init(&barriers.query_full[c], 1);
@@ -389,21 +254,21 @@ struct ForwardSm90 {
             for (int i = 0; i < kStages; ++i) ptx::mbarrier_init(&barriers.landed[i], 1);
             barriers.key.init(1, 4 * kConsumers);
             barriers.value.init(1, 4 * kConsumers);
-            barriers.jobs.init(4 * kConsumers + kCleanerThreads / 32);
+            barriers.jobs.init(4 * kConsumers + Shape::kCleanerThreads / 32);
             ptx::fence_mbarrier_init();
         }
         ptx::sync_threads();
         const int warp = ptx::warp();
         if (warp < 4) {
-            ptx::decrease_registers<kProducerRegisters>();
+            ptx::decrease_registers<Shape::kProducerRegisters>();
             if (warp != 0) {
-                clean_values(a, shared, ptx::thread() - 32);
+                ForwardProducerSm90<Shape>::clean_values(a, shared, ptx::thread() - 32);
             } else if (ptx::elect_one()) {
-                produce(a, shared);
+                ForwardProducerSm90<Shape>::produce(a, shared);
             }
         } else {
-            ptx::increase_registers<kConsumerRegisters>();
-            consume(a, shared, warp / 4 - 1);
+            ptx::increase_registers<Shape::kConsumerRegisters>();
+            ForwardConsumerSm90<Shape>::consume(a, shared, warp / 4 - 1);
         }
     }
 };

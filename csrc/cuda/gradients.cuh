@@ -82,7 +82,8 @@ TF_DEVICE void load_rows_between(char* tile, const E* rows, int64_t stride, int 
                                  bool chunks) {
     constexpr int kChunks = kColumns / 8, kStep = kThreads / kChunks;
     static_assert(kThreads % kChunks == 0 && kRows % kStep == 0, "whole rows in each pass");
-    const int chunk = ptx::thread() % kChunks, own = ptx::thread() % kThreads / kChunks;
+    const unsigned thread = static_cast<unsigned>(ptx::thread()) % kThreads;  // so that the compiler knows its range
+    const int chunk = thread % kChunks, own = thread / kChunks;
     const int last = chunk * 8 < columns ? end : begin;
     const E* source = rows + (first + own) * stride + chunk * 8;
     const uint32_t target = ptx::shared_address(tile);

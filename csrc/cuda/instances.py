@@ -56,7 +56,7 @@ def _kernels(
     family = 90 if "sm90" in header else 80
     targets = _HOPPER if family == 90 else _EVERYWHERE
     for dtype, element in DTYPES.items():
-        for kind, table in ((False, plain), (True, modified)) if modified else ((None, plain),):
+        for kind, table in ((None, plain),) if modified is None else ((False, plain), (True, modified)):
             for head_dim, arguments in table.items():
                 words = [element, str(head_dim), *([] if kind is None else [str(kind).lower()])]
                 cpp_type = f"{struct}<{', '.join([*words, *([arguments] if arguments else [])])}>"
@@ -87,25 +87,27 @@ INSTANCES: tuple[Instance, ...] = (
         "forward",
         "forward_sm90.cuh",
         "ForwardSm90",
-        {64: "2, 128, 2", 128: "2, 128, 2", 256: "2, 80, 2"},
-        {64: "2, 128, 2", 128: "2, 96, 2", 256: "2, 32, 2"},
+        {64: "3, 128, 2", 128: "2, 128, 2", 256: "2, 80, 2"},
+        {64: "2, 80, 2", 128: "2, 80, 2", 256: "2, 32, 2"},
     ),
+    # Larger blocks where every row sees nearly all keys.
+    *_kernels("forward_full", "forward_sm90.cuh", "ForwardSm90", {128: "2, 176, 2"}, {}),
     *_kernels("preprocess", "backward_rows.cuh", "BackwardPreprocess", _NONE),
     # kBlockM, kBlockN, kPairs, kStep, kHold, kMinBlocks
     *_kernels(
         "dkdv",
         "backward_sm80.cuh",
         "BackwardDkdvSm80",
-        {64: "64, 64, 2, 16, true, 2", 128: "32, 64, 2, 16, true, 2", 256: "32, 64, 4, 16, true, 1"},
-        {64: "64, 64, 2, 16, true, 2", 128: "32, 64, 2, 16, true, 2", 256: "32, 64, 4, 16, true, 1"},
+        {64: "64, 64, 2, 16, true, 3", 128: "32, 64, 2, 16, true, 2", 256: "32, 64, 4, 16, true, 1"},
+        {64: "64, 64, 2, 16, true, 3", 128: "32, 64, 2, 16, false, 2", 256: "32, 64, 4, 16, true, 1"},
     ),
     # kBlockM, kBlockN, kWarpsM, kWarpsN, kChunk, kValueStages, kMinBlocks
     *_kernels(
         "dq",
         "backward_sm80.cuh",
         "BackwardDqSm80",
-        {64: "64, 64, 2, 2, 32, 2, 2", 128: "64, 64, 2, 2, 32, 1, 2", 256: "64, 32, 4, 1, 16, 2, 1"},
-        {64: "64, 64, 2, 2, 32, 2, 2", 128: "64, 64, 2, 2, 32, 1, 2", 256: "64, 32, 4, 1, 16, 2, 1"},
+        {64: "64, 64, 2, 2, 32, 1, 3", 128: "64, 64, 2, 2, 32, 1, 2", 256: "32, 32, 2, 2, 16, 1, 2"},
+        {64: "64, 32, 2, 2, 16, 2, 3", 128: "64, 32, 2, 2, 16, 2, 2", 256: "32, 32, 2, 2, 16, 1, 2"},
     ),
     *_kernels("backward", "backward_sm90.cuh", "BackwardSm90", _NONE, _NONE),
     *_kernels("postprocess", "backward_sums_sm90.cuh", "BackwardPostprocess", _NONE),

@@ -62,7 +62,8 @@ TF_DEVICE void load_rows_at(char* tile, int first, int thread, const RowAddresse
                             bool chunks, const void* valid) {
     constexpr int kChunks = kColumns / 8, kStep = kThreads / kChunks > 0 ? kThreads / kChunks : 1;
     static_assert(kThreads % kChunks == 0 && kRows % kStep == 0 && kStep <= 32, "whole rows in each pass");
-    const int chunk = thread % kChunks, lane_row = thread % kThreads / kChunks;  // so that its range is known
+    const unsigned own = static_cast<unsigned>(thread) % kThreads;  // so that the compiler knows its range
+    const int chunk = own % kChunks, lane_row = own / kChunks;
     const bool inside = chunk * 8 < columns;
     const uint32_t target = ptx::shared_address(tile);
     if (!chunks) {  // slow anyway: small code
@@ -94,7 +95,8 @@ template <class E, int kTileRows, int kColumns, int kThreads>
 TF_DEVICE void load_rows_strided(char* tile, int thread, const E* rows, int first, int64_t stride, int columns) {
     constexpr int kChunks = kColumns / 8, kStep = kThreads / kChunks;
     static_assert(kThreads % kChunks == 0 && kTileRows % kStep == 0, "whole rows in each pass");
-    const int chunk = thread % kChunks, row = thread / kChunks;
+    const unsigned own = static_cast<unsigned>(thread) % kThreads;
+    const int chunk = own % kChunks, row = own / kChunks;
     const bool inside = chunk * 8 < columns;
     const E* source = rows + (first + row) * stride + (inside ? chunk * 8 : 0);  // an address that is valid
     const uint32_t target = ptx::shared_address(tile);

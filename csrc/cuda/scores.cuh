@@ -34,7 +34,7 @@ TF_DEVICE const T* bias_row(const Problem& p, const DeviceSequence& s, int head,
     const int64_t at = s.index * p.bias.batch + head * p.bias.head + position * p.bias.row;
     return reinterpret_cast<const T*>(p.bias.data) + at;
 }
-TF_DEVICE float biased_score(float x, float bias) { return bias == -kInfinity ? bias : x + bias; }  // x may be NaN there
+TF_DEVICE float biased_score(float x, float bias) { return bias == -kInfinity ? bias : x + bias; }  // x may be NaN
 
 TF_DEVICE float alibi_slope(const Problem& p, const DeviceSequence& s, int head) {
     return p.alibi_slopes[s.index * p.alibi_batch + head * p.alibi_head];

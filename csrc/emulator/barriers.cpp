@@ -59,7 +59,8 @@ void named_barrier(Operation operation, int id, int threads, Where where) {
                 block.fail(operation, where, "the lanes of a warp name different barriers or counts");
             }
         }
-        return block.arrive_at_barrier(warp, id, threads, operation == Operation::barrier_sync);
+        const bool waits = operation == Operation::barrier_sync;
+        return block.arrive_at_barrier(warp, id, threads, waits) && (waits || block.pause(warp));
     });
 }
 
@@ -138,6 +139,9 @@ void fence_mbarrier_init(Where where) {
 void mbarrier_arrive(Operation operation, uint64_t* address, int bytes, Where where) {
     if (skipped(operation, where)) return;
     Block& b = block();
+    Thread& self = current_thread();
+    self.operation = operation;
+    self.where = where;
     Mbarrier& barrier = b.mbarriers().find(b, address, operation, where);
     if (bytes < 0 || barrier.bytes + bytes > kMaxBytes) {
         b.fail(operation, where, std::to_string(barrier.bytes + bytes) + " bytes to wait for; allowed are 1048575");
@@ -150,6 +154,8 @@ void mbarrier_arrive(Operation operation, uint64_t* address, int bytes, Where wh
     barrier.bytes += bytes;
     --barrier.pending;
     b.mbarriers().advance(b, barrier);
+    // Not where bytes are announced: the copies that come next are to be as early as they can.
+    if (operation == Operation::mbarrier_arrive) b.pause(self);
 }
 
 void mbarrier_wait(uint64_t* address, uint32_t parity, Where where) {

@@ -46,12 +46,15 @@ void Block::begin_launch(const LaunchShape& shape, const std::function<void(char
 void Block::draw_schedule(int index) {
     random_ = Random(settings_.seed * 0x100000001b3u + static_cast<uint64_t>(index));
     // All are drawn, also those that are set: what one setting says does not change the others.
-    const int landing = random_.below(3), warps = random_.below(4), lanes = random_.below(3);
+    const int landing = random_.below(3), warps = random_.below(4), lanes = random_.below(4);
     starved_warp_ = random_.below(num_warps());
     elected_lane_ = random_.below(2) == 0 ? 0 : random_.below(32);
     late_ = settings_.landing == Landing::drawn ? landing != 0 : settings_.landing == Landing::late;
     warp_order_ = settings_.warps == WarpOrder::drawn ? static_cast<WarpOrder>(warps + 1) : settings_.warps;
     lane_order_ = settings_.lanes == LaneOrder::drawn ? static_cast<LaneOrder>(lanes + 1) : settings_.lanes;
+    if (lane_order_ == LaneOrder::leader_first) elected_lane_ = 0;
+    const bool pauses = random_.below(2) == 0;
+    pauses_ = settings_.arrival == Arrival::drawn ? pauses : settings_.arrival == Arrival::pauses;
 }
 
 void Block::begin_block(int index) {
@@ -63,7 +66,7 @@ void Block::begin_block(int index) {
     bulk_writes_.begin_block();
     std::fill(barriers_, barriers_ + kNamedBarriers, NamedBarrier{});
     for (int i = 0; i < num_warps() / 4; ++i) warpgroup(i).begin_block();
-    fence_pending_ = false;
+    fencing_ = nullptr;
     progress_ = last_progress_ = 0;
     idle_rounds_ = 0;
     error_ = nullptr;
@@ -123,9 +126,14 @@ void Block::end_block() {
 // ------------------------------------------------------------------------------------------ whose turn it is
 
 Warp* Block::choose_warp() {
-    uint32_t ready = 0;
-    for (int w = 0; w < num_warps(); ++w) ready |= (warps_[static_cast<size_t>(w)]->ready != 0 ? 1u : 0u) << w;
+    uint32_t ready = 0, led = 0;
+    for (int w = 0; w < num_warps(); ++w) {
+        const uint32_t lanes = warps_[static_cast<size_t>(w)]->ready;
+        ready |= (lanes != 0 ? 1u : 0u) << w;
+        led |= (lanes & 1u) << w;
+    }
     if (ready == 0) return nullptr;
+    if (lane_order_ == LaneOrder::leader_first && led != 0) ready = led;
     int chosen = 0;
     switch (warp_order_) {
         case WarpOrder::highest_first:
@@ -144,30 +152,58 @@ Warp* Block::choose_warp() {
 }
 
 void Block::run_warp(Warp& warp) {
+    if (fencing_ != &warp) publish_fenced();
     Thread& first = *warp.at_position[__builtin_ctz(warp.ready)];
     warp.ready &= warp.ready - 1;
     identity = &first;
     switch_fiber(scheduler_, first.fiber);
     identity = &nobody;
-    publish_fenced();
     if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
 void Block::suspend(Thread& self) {
-    Warp& warp = *self.warp;
-    if (warp.ready == 0) {
-        switch_fiber(self.fiber, scheduler_);
-        return;
-    }
-    Thread& next = *warp.at_position[__builtin_ctz(warp.ready)];
+    Thread* next = next_lane(*self.warp);
+    if (next != nullptr) identity = next;
+    switch_fiber(self.fiber, next != nullptr ? next->fiber : scheduler_);
+}
+
+// The lane that goes on when another one of its warp stops; null where the scheduler is to choose.
+Thread* Block::next_lane(Warp& warp) {
+    if (warp.ready == 0 || lane_order_ == LaneOrder::leader_first) return nullptr;
+    Thread* next = warp.at_position[__builtin_ctz(warp.ready)];
     warp.ready &= warp.ready - 1;
-    identity = &next;
-    switch_fiber(self.fiber, next.fiber);
+    return next;
 }
 
 void Block::yield(Thread& self) {
     self.warp->yielded |= 1u << self.position;
     suspend(self);
+}
+
+void Block::pause(Thread& self) {
+    if (!pauses_) return;
+    self.warp->paused |= 1u << self.position;
+    self.warp->paused_at = ++pauses_so_far_;
+    suspend(self);
+}
+
+bool Block::pause(Warp& warp) {
+    if (!pauses_) return true;
+    warp.paused = ~0u;
+    warp.paused_at = ++pauses_so_far_;
+    return false;
+}
+
+// The warp that has paused for longest, so that each comes to its next arrival before any is beyond that.
+bool Block::resume_paused() {
+    Warp* chosen = nullptr;
+    for (int w = 0; w < num_warps(); ++w) {
+        Warp* warp = warps_[static_cast<size_t>(w)].get();
+        if (warp->paused != 0 && (chosen == nullptr || warp->paused_at < chosen->paused_at)) chosen = warp;
+    }
+    if (chosen == nullptr) return false;
+    chosen->ready |= std::exchange(chosen->paused, 0);
+    return true;
 }
 
 void Block::wake(Warp& warp) {
@@ -182,6 +218,7 @@ void Block::wake_warps(uint32_t mask) {
 
 // Those that poll have a look each time that no one else can go on; a copy lands only after a look that saw nothing.
 void Block::run_without_warps() {
+    if (resume_paused()) return;
     bool polling = false;
     for (int w = 0; w < num_warps(); ++w) polling |= warps_[static_cast<size_t>(w)]->yielded != 0;
     const bool idle = progress_ == last_progress_;
@@ -213,12 +250,9 @@ void Block::enter_thread() {
         error_ = std::current_exception();
     }
     Thread& self = current_thread();
-    Warp& warp = *self.warp;
-    if (error_ || warp.ready == 0) leave_fiber(self.fiber, scheduler_);
-    Thread& next = *warp.at_position[__builtin_ctz(warp.ready)];
-    warp.ready &= warp.ready - 1;
-    identity = &next;
-    leave_fiber(self.fiber, next.fiber);
+    Thread* next = error_ ? nullptr : next_lane(*self.warp);
+    if (next != nullptr) identity = next;
+    leave_fiber(self.fiber, next != nullptr ? next->fiber : scheduler_);
 }
 
 uint32_t Block::unfinished_warps() const {
@@ -253,17 +287,17 @@ void Block::finish_thread(Thread& self) {
 
 // ------------------------------------------------------------------------------------------ asynchronous proxy
 
-// A warp's lanes call this one after the other, as long as none waits. One copy of shared memory after the last of
-// them is enough: what the others have written in the meantime is let through, what the last writes later is not.
+// The lanes of a warp call this one after the other, before another warp runs. One copy of shared memory, by the last
+// of them, is enough: what the others have written in the meantime is let through, what the last writes later is not.
 void Block::fence_async_proxy(const Thread& self) {
     if (!settings_.check_proxy) return;
-    fence_pending_ = true;
+    fencing_ = self.warp;
     if (self.warp->ready == 0) publish_fenced();
 }
 
 void Block::publish_fenced() {
-    if (fence_pending_) memory_.publish();
-    fence_pending_ = false;
+    if (fencing_ != nullptr) memory_.publish();
+    fencing_ = nullptr;
 }
 
 void Block::check_proxy(uint32_t address, int bytes, Where where, Operation operation) {

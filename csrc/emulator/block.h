@@ -34,11 +34,13 @@ struct Thread : Identity {
     ThreadCopies copies;
 };
 
-// Masks `ready` and `yielded` are by position, the others by lane.
+// Masks `ready`, `yielded` and `paused` are by position, the others by lane.
 struct Warp {
     int index = 0;
     uint32_t ready = 0;    // can run
     uint32_t yielded = 0;  // can run, but polls
+    uint32_t paused = 0;   // can run, but has given something free
+    uint64_t paused_at = 0;
     uint32_t finished = 0;
     uint32_t arrived = 0;  // at the collective `operation`
     Operation operation = Operation::none;
@@ -83,6 +85,9 @@ class Block {
     // By a thread: stop until something calls wake. Its own reason is noted in Thread::operation and the like.
     void suspend(Thread&);
     void yield(Thread&);
+    // After an arrival, where this block does so: stop until no other warp can run.
+    void pause(Thread&);
+    bool pause(Warp&);  // all lanes of a collective; false if they do not go on
     void wake(Thread& thread) { thread.warp->ready |= 1u << thread.position; }
     void wake(Warp&);  // all of its lanes that have not returned
     void wake_warps(uint32_t mask);
@@ -111,6 +116,8 @@ class Block {
     void draw_schedule(int index);
     Warp* choose_warp();
     void run_warp(Warp&);
+    Thread* next_lane(Warp&);
+    bool resume_paused();
     void run_without_warps();
     void finish_thread(Thread&);
     void end_block();
@@ -135,12 +142,12 @@ class Block {
     NamedBarrier barriers_[kNamedBarriers];
 
     int index_ = 0, unfinished_ = 0;
-    bool late_ = false;
+    bool late_ = false, pauses_ = false;
     WarpOrder warp_order_ = WarpOrder::lowest_first;
     LaneOrder lane_order_ = LaneOrder::ascending;
     int starved_warp_ = -1, elected_lane_ = 0;
-    bool fence_pending_ = false;
-    uint64_t progress_ = 0, last_progress_ = 0;
+    const Warp* fencing_ = nullptr;  // its fence has not been carried out yet
+    uint64_t progress_ = 0, last_progress_ = 0, pauses_so_far_ = 0;
     int idle_rounds_ = 0;
     std::exception_ptr error_;
 };

@@ -25,7 +25,13 @@ struct LaunchShape {
 };
 
 enum class WarpOrder { drawn, lowest_first, highest_first, random, starve_one };
-enum class LaneOrder { drawn, ascending, descending, random };
+// Lanes of a warp run in this order before another warp does. leader_first: lane 0 and the other warps' lanes 0 run as
+// far as they can before the rest, which finds what one lane says of its warp too early.
+enum class LaneOrder { drawn, ascending, descending, random, leader_first };
+// Whether a thread that arrives at an mbarrier, or a warp at barrier_arrive, goes on at once, or only when no other
+// can: then whoever waited for it runs first, which finds what is given free too early. Drawn: pauses in every second
+// block.
+enum class Arrival { drawn, goes_on, pauses };
 // When copies and matrix products in flight happen: as late as allowed (before that their targets are NaN), or when
 // they are issued, which finds those that are issued too early. Drawn: two blocks in three are late.
 enum class Landing { drawn, late, early };
@@ -39,6 +45,7 @@ struct Settings {
     WarpOrder warps = WarpOrder::drawn;
     LaneOrder lanes = LaneOrder::drawn;
     Landing landing = Landing::drawn;
+    Arrival arrival = Arrival::drawn;
 };
 
 // For all launches to come, in the whole process.

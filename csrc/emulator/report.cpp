@@ -36,11 +36,12 @@ std::string lanes_of(uint32_t mask) {
 
 std::string Block::schedule() const {
     static const char* const kWarps[] = {"drawn", "lowest first", "highest first", "in random order", "but one first"};
-    static const char* const kLanes[] = {"drawn", "ascending", "descending", "in random order"};
+    static const char* const kLanes[] = {"drawn", "ascending", "descending", "in random order", "0 of all warps first"};
     std::string text = "seed " + std::to_string(settings_.seed) + ", block " + std::to_string(index_) + ": warps " +
                        kWarps[static_cast<int>(warp_order_)];
     if (warp_order_ == WarpOrder::starve_one) text += " (warp " + std::to_string(starved_warp_) + " last)";
-    return text + ", lanes " + kLanes[static_cast<int>(lane_order_)] + ", copies " + (late_ ? "late" : "early");
+    return text + ", lanes " + kLanes[static_cast<int>(lane_order_)] + ", copies " + (late_ ? "late" : "early") +
+           (pauses_ ? ", pauses after arrivals" : "");
 }
 
 void Block::throw_error(const Thread* thread, Operation operation, Where where, const std::string& what) const {

@@ -48,16 +48,13 @@ class Site:
     line: int
     operation: str
 
-    def text(self) -> str:
-        """The line in the source, without its indentation."""
-        return (CSRC / self.file).read_text(encoding="utf-8").splitlines()[self.line - 1].strip()
-
 
 @dataclass(frozen=True)
 class Outcome:
     """What became of one fault; `caught_by` is None where nothing showed it."""
 
     site: Site
+    text: str  # of the line
     capability: int
     caught_by: str | None
     attempts: int
@@ -66,7 +63,7 @@ class Outcome:
     def excuse(self) -> str | None:
         """Why the survival of the fault is no gap of the tests, where that is known."""
         for survivor in SURVIVORS:
-            if survivor.matches(self.site.file, self.site.operation, self.site.text()):
+            if survivor.matches(self.site.file, self.site.operation, self.text):
                 return survivor.reason
         return None
 
@@ -117,6 +114,12 @@ def prepare(module: Any, seeds: int) -> list[Prepared]:
     return sorted(all_prepared, key=lambda p: p.seconds)
 
 
+def sources() -> dict[str, list[str]]:
+    """The lines of the kernels, as they are now: the checkout may change while this runs."""
+    files = sorted((CSRC / "cuda").glob("*.cuh"))
+    return {f"cuda/{f.name}": [""] + f.read_text(encoding="utf-8").splitlines() for f in files}
+
+
 def in_a_process(work: Callable[[], dict[str, Any]]) -> dict[str, Any] | int:
     """What `work` gives in a fork of this process, or the signal that ended it."""
     reading, writing = os.pipe()
@@ -140,7 +143,7 @@ def in_a_process(work: Callable[[], dict[str, Any]]) -> dict[str, Any] | int:
     return result
 
 
-def try_without(module: Any, site: Site, problems: list[Prepared], seeds: int, capability: int) -> Outcome:
+def try_without(module: Any, site: Site, text: str, problems: list[Prepared], seeds: int, capability: int) -> Outcome:
     """Run the problems that come through a site without it, until something shows."""
 
     def work() -> dict[str, Any]:
@@ -160,7 +163,7 @@ def try_without(module: Any, site: Site, problems: list[Prepared], seeds: int, c
     if isinstance(result, int):
         caught_by = "does not end" if result == signal.SIGALRM else f"a crash (signal {result})"
         result = {"caught_by": caught_by, "attempts": 0}
-    return Outcome(site, capability, **result, seconds=time.perf_counter() - began)
+    return Outcome(site, text, capability, **result, seconds=time.perf_counter() - began)
 
 
 def run(capability: int, only: str, seeds: int) -> list[Outcome]:
@@ -170,11 +173,12 @@ def run(capability: int, only: str, seeds: int) -> list[Outcome]:
     if module is None:
         raise SystemExit(why_not)
     torch.set_num_threads(1)  # a fork has one thread
-    problems = prepare(module, seeds)
+    lines, problems = sources(), prepare(module, seeds)
     sites = sorted({site for p in problems for site in p.sites if only in site.file})
     outcomes = []
     for site in sites:
-        outcome = try_without(module, site, [p for p in problems if site in p.sites], seeds, capability)
+        text = lines[site.file][site.line].strip()
+        outcome = try_without(module, site, text, [p for p in problems if site in p.sites], seeds, capability)
         outcomes.append(outcome)
         words = outcome.caught_by or f"SURVIVES {outcome.attempts} attempts: {outcome.excuse() or 'why?'}"
         print(f"{capability} {site.file}:{site.line} {site.operation}: {words}", file=sys.stderr, flush=True)
@@ -215,7 +219,7 @@ def table(outcomes: list[Outcome]) -> str:
     ]
     if survivors:
         lines += ["## Not caught", "", "| operation | where | line | why |", "| --- | --- | --- | --- |"]
-        lines += [f"| {o.site.operation} | {_where(o)} | `{o.site.text()}` | {o.excuse() or '?'} |" for o in survivors]
+        lines += [f"| {o.site.operation} | {_where(o)} | `{o.text}` | {o.excuse() or '?'} |" for o in survivors]
         lines += [""]
     lines += ["## Caught", "", "| operation | where | by |", "| --- | --- | --- |"]
     lines += [f"| {o.site.operation} | {_where(o)} | {_short(o.caught_by or '')} |" for o in caught]

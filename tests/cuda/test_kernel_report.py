@@ -247,8 +247,9 @@ def test_the_rows_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = {(row.phase, row.family): row.tensor_core_kind for row in rows}
     assert kinds["forward", 90] == kinds["backward", 90] == "HGMMA" and kinds["decode", 80] == "HMMA"
     assert kinds["preprocess", 80] is None
-    assert {row.phase for row in rows if row.needs_overlap} == {"forward"}
-    assert {(row.phase, row.family) for row in rows if row.needs_tma} == {("forward", 90), ("backward", 90)}
+    assert {row.phase for row in rows if row.needs_overlap} == {"forward", "forward_full"}
+    assert {row.phase for row in rows if row.needs_tma} == {"forward", "forward_full", "backward"}
+    assert {row.family for row in rows if row.needs_tma} == {90}
 
 
 def test_only_what_has_changed_is_compiled_again(

@@ -55,6 +55,9 @@ class TestDryRun:
         assert dry["dry_run"] and dry["complete"] and dry["passed"]
         assert list(dry["sections"]) == [section.name for section in plan.SECTIONS]
         for name, section in dry["sections"].items():
+            if name == "instructions" and "emulated" in dry["left_out"]:
+                assert section["status"] == "skipped" and dry["left_out"]["emulated"] in section["text"]
+                continue
             assert section["status"] == "done" and section["rows"] and not section["not_run"], name
             assert all(row["status"] in ("ok", "passed", "not applicable") for row in section["rows"]), name
 
@@ -68,13 +71,24 @@ class TestDryRun:
         rows = {row["name"]: row for row in dry["sections"]["timings"]["rows"]}
         assert {s.name for s in SHAPES.values() if s.goals or s.group in ("variants", "decode")} <= set(rows)
         for row in rows.values():
-            assert row["times"]["triton"]["used"] > 0, "it was not judged"
             assert "sdpa" in row["times"] or "sdpa" in row["missing"]
-            assert row["figures"]["triton"]["tflops"] > 0
+            for name in dry["backends"]:
+                assert row["times"][name]["used"] > 0, "it was not judged"
+                assert row["figures"][name]["tflops"] > 0
         assert all("flex" in rows[name]["times"] for name in ("window_1024_16k", "varlen_causal", "decode_ragged_b16"))
         assert all(goal["met"] is None for row in rows.values() for goal in row.get("goals", [])), (
             "a verdict without a device"
         )
+
+    def test_both_back_ends_run_side_by_side(self, dry: dict[str, Any]) -> None:
+        """The emulator's in place of the one in C++, where it is built; else a sentence says that it is not there."""
+        assert set(dry["backends"]) | set(dry["left_out"]) == {"triton", "emulated"}
+        for section in ("smoke", "conformance", "conformance_rest"):
+            rows = dry["sections"][section]["rows"]
+            assert {row["backend"] for row in rows} == set(dry["backends"])
+        for name in ("models", "launch"):
+            rows = [row for row in dry["sections"][name]["rows"] if row["kind"] != "graph"]
+            assert all(set(dry["backends"]) <= {*row.get("times", ()), *row.get("host_us", ())} for row in rows)
 
     def test_the_page_says_that_it_is_a_dry_run(self, dry_run: Path) -> None:
         text = dry_run.with_suffix(".md").read_text()
@@ -206,6 +220,6 @@ def test_budgets_are_shares() -> None:
     assert sum(section.share for section in plan.SECTIONS) == pytest.approx(1.0)
     assert len(plan.SECTIONS) == len({section.name for section in plan.SECTIONS})
     for section in plan.SECTIONS:
-        full = section.jobs(Settings(dry=False))
-        assert full and len(section.jobs(Settings(dry=True))) <= len(full)
+        full = section.jobs(Settings(dry=False, backends=("triton", "cuda")))
+        assert full and len(section.jobs(Settings(dry=True, backends=("triton", "emulated")))) <= len(full)
         assert json.loads(json.dumps(full)) == full, "jobs travel as JSON"

@@ -25,7 +25,7 @@ CASES = ("bf16 64 causal", "bf16 64 decode", "bf16 64 bias")
 COMPILE = """
 import pickle, sys
 import triton
-from transformer_fast.testing.kernel_report import CASES, compile_kernels
+from transformer_fast.testing.triton_kernels import CASES, compile_kernels
 
 assert triton.__version__.startswith(sys.argv[2]), (triton.__version__, triton.__file__)
 kernels = compile_kernels([case for case in CASES if case.name in sys.argv[3:]], workers=1)

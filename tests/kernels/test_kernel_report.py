@@ -17,9 +17,9 @@ from typer.testing import CliRunner, Result
 
 from transformer_fast.cli import app
 from transformer_fast.testing import kernel_gate as gate
-from transformer_fast.testing import kernel_report
-from transformer_fast.testing.kernel_gate import Kernel, judge, read_baseline, write_baseline
-from transformer_fast.testing.kernel_report import KernelReport
+from transformer_fast.testing import kernel_report, triton_kernels
+from transformer_fast.testing.kernel_gate import Kernel, UnavailableError, judge, read_baseline, write_baseline
+from transformer_fast.testing.kernel_report import LANGUAGES, KernelReport, Part
 from transformer_fast.testing.machine_code import MachineCode
 
 pytest.importorskip("triton")
@@ -181,10 +181,11 @@ Run = Callable[..., Result]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs the command in an empty directory, with a baseline there."""
+    """Runs the command in an empty directory, with baselines there, and no C++ kernels."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TRITON_INTERPRET")
-    monkeypatch.setattr(kernel_report, "baseline_path", lambda: tmp_path / "baseline.json")
+    change_language(monkeypatch, "triton", baseline=lambda: tmp_path / "baseline.json")
+    change_language(monkeypatch, "cuda", version=unavailable("nvcc is not here"))
 
     def invoke(*arguments: str) -> Result:
         result = CliRunner().invoke(app, ["kernels", *arguments])
@@ -195,11 +196,22 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return invoke
 
 
+def change_language(monkeypatch: pytest.MonkeyPatch, name: str, **changes: Any) -> None:
+    monkeypatch.setitem(LANGUAGES, name, dataclasses.replace(LANGUAGES[name], **changes))
+
+
+def unavailable(reason: str) -> Callable[[], str]:
+    def version() -> str:
+        raise UnavailableError(reason)
+
+    return version
+
+
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Kernel]:
     """What the command compiles; the tests fill it."""
     kernels: list[Kernel] = []
-    monkeypatch.setattr(kernel_report, "compile_kernels", lambda *args, **kwargs: list(kernels))
+    change_language(monkeypatch, "triton", kernels=lambda **options: list(kernels))
     return kernels
 
 
@@ -213,6 +225,7 @@ def test_the_command(run: Run, compiled: list[Kernel], kernel: Callable[..., Ker
     assert "128x64 w8 s2" in result.output and "24 HGMMA" in result.output and "1w 2m 3b" in result.output
     data = json.loads((tmp_path / "reports/kernels/kernels.json").read_text())
     assert data["passed"] and data["kernels"][0]["code"]["registers"] == compiled[0].code.registers
+    assert data["compilers"].keys() == {"Triton"} and data["kernels"][0]["language"] == "Triton"
     assert "| bf16 64 | forward | 128x64 w8 s2 |" in (tmp_path / "reports/kernels/kernels.md").read_text()
 
     compiled[:] = [kernel("longer loop")]
@@ -236,19 +249,59 @@ def test_wrong_usage(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run()
     assert result.exit_code == 2 and "TRITON_INTERPRET is 1" in result.output
     monkeypatch.delenv("TRITON_INTERPRET")
+    result = run("--only", "tritium")
+    assert result.exit_code == 2 and "only is 'tritium'; allowed: triton, cuda" in result.output
     monkeypatch.setitem(sys.modules, "triton", None)
     result = run()
-    assert result.exit_code == 2 and "pip install triton" in result.output
+    assert result.exit_code == 2 and "pip install triton" in result.output and "nvcc is not here" in result.output
+
+
+def test_kernels_in_both_languages(
+    run: Run, compiled: list[Kernel], kernel: Callable[..., Kernel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has its own compiler, baseline and tables; a failure of either is one of the report."""
+    compiled.append(kernel("good"))
+    in_cpp = kernel("good", family=90, num_stages=0)
+    cpp = {"version": lambda: "13.0", "baseline": lambda: tmp_path / "cpp.json", "kernels": lambda **options: [in_cpp]}
+    change_language(monkeypatch, "cuda", **cpp)
+    result = run("--update-baseline")
+    assert result.exit_code == 0 and f"1 kernels by Triton {triton_kernels.triton_version()}" in result.output
+    assert "1 kernels by nvcc 13.0" in result.output
+    assert "Triton, sm_90" in result.output and "C++, sm_90" in result.output
+    assert json.loads((tmp_path / "cpp.json").read_text()).keys() == {"13.0"}
+    assert "## C++, sm_90" in (tmp_path / "reports/kernels/kernels.md").read_text()
+
+    in_cpp = kernel("longer loop", family=90, num_stages=0)
+    assert run().exit_code == 1
+    assert run("--only", "triton").exit_code == 0
+    assert run("--only", "cuda").exit_code == 1
+
+
+@pytest.mark.parametrize(("missing", "name"), [("triton", "Triton"), ("cuda", "C++")])
+def test_what_is_missing_is_said_and_passed_over(
+    missing: str, name: str, run: Run, compiled: list[Kernel], kernel: Callable[..., Kernel],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    compiled.append(kernel("good"))
+    there = {"version": lambda: "13.0", "baseline": lambda: tmp_path / "x.json", "kernels": lambda **_: list(compiled)}
+    change_language(monkeypatch, "cuda", **there)
+    change_language(monkeypatch, missing, version=unavailable("it is lost"))
+    result = run()
+    sentence = f"the kernels in {name}, since it is lost"
+    assert result.exit_code == 0 and f"not judged: {sentence}" in result.output
+    assert sentence in (tmp_path / "reports/kernels/kernels.md").read_text()
+    result = run("--only", missing)
+    assert result.exit_code == 2 and "it is lost" in result.output
 
 
 def test_quick_is_one_capability(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    report = KernelReport((), (), "3.7.1", "3.7", 0.0, {"date": "today"})
-    monkeypatch.setattr(kernel_report, "report", lambda **options: asked.append(options["capabilities"]) or report)
+    report = KernelReport((Part("Triton", "Triton 3.7.1", (), (), "3.7"),), (), 0.0, {"date": "today"})
+    monkeypatch.setattr(kernel_report, "report", lambda which, *_, **options: asked.append(which) or report)
     run("--quick")
     run("--capability", "86", "--capability", "90")
     run()
-    assert [list(capabilities) for capabilities in asked] == [[90], [86, 90], [80, 90, 100]]
+    assert asked == [[90], [86, 90], None]
 
 
 # ---------------------------------------------------------------------------------------------------- the real thing
@@ -259,7 +312,7 @@ def test_the_committed_baseline_is_complete() -> None:
     data = json.loads(gate.baseline_path().read_text())
     assert "3.7" in data
     for capabilities in data.values():
-        assert set(map(int, capabilities)) == set(kernel_report.CAPABILITIES)
+        assert set(map(int, capabilities)) == set(triton_kernels.CAPABILITIES)
 
 
 def test_every_row_of_the_table_is_compiled() -> None:
@@ -268,8 +321,8 @@ def test_every_row_of_the_table_is_compiled() -> None:
 
     halves = ("dk", "dv")  # one row for both: "dkdv"
     wanted = {(phase, d, size) for phase in PHASES if phase not in halves for d in HEAD_DIMS for size in (2, 4)}
-    for case in kernel_report.CASES:
-        for launch in kernel_report.launches(case, 90):
+    for case in triton_kernels.CASES:
+        for launch in triton_kernels.launches(case, 90):
             row = "dkdv" if launch.phase in halves else launch.phase
             wanted.discard((row, case.head_dim, case.dtype.itemsize))
     assert not wanted

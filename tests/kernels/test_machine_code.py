@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from transformer_fast.testing.control_flow import natural_loops, parse_sass
-from transformer_fast.testing.machine_code import LIMITS, ctas_per_sm, inner_loops
+from transformer_fast.testing.machine_code import LIMITS, ctas_per_sm, inner_loops, producer_loops
+from transformer_fast.testing.overlap import beside_products
 
 # A wait for a full stage, two products and a conditional block, all in a loop of an outer loop. The wait is polled far
 # behind the code, from where a branch goes back into the loop, but not to its head; the kernel ends in a trap.
@@ -77,6 +78,68 @@ def test_only_the_kernel_itself_is_read() -> None:
     assert not any(opcode.startswith("HMMA") for opcode in opcodes)
     with pytest.raises(RuntimeError, match="no instructions of another"):
         parse_sass(SASS, "another")
+
+
+# A producer that copies lane by lane, in a loop of its own, what it waits for a place for; and a consumer.
+PRODUCER = """
+.text.kernel:
+        /*0000*/              @P0 BRA `(.L_consumer) ;
+.L_produce:
+        /*0010*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R2 ;
+        /*0020*/              @!P0 BRA `(.L_poll) ;
+.L_lanes:
+        /*0030*/                   R2UR UR4, R4 ;
+        /*0040*/                   UTMALDG.4D [UR8], [UR14] ;
+        /*0050*/              @P1 BRA `(.L_lanes) ;
+        /*0060*/              @P2 BRA `(.L_produce) ;
+        /*0070*/                   EXIT ;
+.L_consumer:
+        /*0080*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR48], R24, gsb0 ;
+        /*0090*/              @P3 BRA `(.L_consumer) ;
+        /*00a0*/                   EXIT ;
+.L_poll:
+        /*00b0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R2 ;
+        /*00c0*/              @!P0 BRA `(.L_poll) ;
+        /*00d0*/                   BRA `(.L_lanes) ;
+"""
+
+
+def test_a_producer_waits_and_loads() -> None:
+    loops = natural_loops(parse_sass(PRODUCER, "kernel"))
+    (producer,) = producer_loops(loops)
+    assert (producer.tma_loads, producer.tensor_cores, producer.instructions) == (1, 0, 7)
+    (consumer,) = inner_loops(loops)
+    assert (consumer.tma_loads, consumer.tensor_cores) == (0, 1)
+    assert producer_loops(natural_loops(parse_sass(SASS, "kernel"))) == []  # those who load there compute too
+
+
+def overlapped(*lines: str) -> int:
+    """Exponentials beside products in a kernel of these instructions."""
+    text = ".text.kernel:\n" + "\n".join(n if n.endswith(":") else f"/*0000*/ {n} ;" for n in (*lines, "EXIT"))
+    return sum(beside_products(parse_sass(text, "kernel")))
+
+
+_FIRST, _LAST = "HGMMA.64x64x16 R8, gdesc[UR4], R8", "HGMMA.64x64x16 R8, gdesc[UR4], R8, gsb0"
+_ALL, _BUT_ONE = "WARPGROUP.DEPBAR.LE gsb0, 0x0", "WARPGROUP.DEPBAR.LE gsb0, 0x1"
+
+
+def test_what_runs_beside_products() -> None:
+    assert overlapped("MUFU.EX2 R0, R0", _LAST, "MUFU.EX2 R0, R0", "MUFU.RCP R0, R0", _ALL, "MUFU.EX2 R0, R0") == 1
+    assert overlapped(_LAST, _BUT_ONE, "MUFU.EX2 R0, R0") == 1
+    assert overlapped(_LAST, _LAST, _BUT_ONE, "MUFU.EX2 R0, R0", _ALL) == 1
+    assert overlapped(_LAST, _LAST, _ALL, "MUFU.EX2 R0, R0") == 0
+    assert overlapped(_FIRST, "MUFU.EX2 R0, R0") == 0  # not yet a group
+
+
+def test_it_has_to_do_so_on_every_road() -> None:
+    before_the_loop = (_LAST, ".L_1:", "MUFU.EX2 R0, R0", "@P0 BRA `(.L_1)")
+    assert overlapped(*before_the_loop) == 1
+    waits_inside = (_LAST, ".L_1:", "MUFU.EX2 R0, R0", _ALL, "@P0 BRA `(.L_1)")
+    assert overlapped(*waits_inside) == 0, "from the second turn on nothing is under way"
+    one_side_waits = (_LAST, "@P0 BRA `(.L_1)", _ALL, ".L_1:", "MUFU.EX2 R0, R0")
+    assert overlapped(*one_side_waits) == 0
+    both_sides_go_on = (_LAST, "@P0 BRA `(.L_1)", "FADD R0, R0, R0", ".L_1:", "MUFU.EX2 R0, R0")
+    assert overlapped(*both_sides_go_on) == 1
 
 
 # Occupancy as NVIDIA's calculator gives it.

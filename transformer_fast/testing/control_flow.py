@@ -7,6 +7,7 @@ jumps back from there. So this is the textbook's way: basic blocks, dominators, 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 _LABEL = re.compile(r"^(\.L\w+|\.text\.\S+):$")
@@ -98,7 +99,7 @@ def _connect(blocks: list[Block]) -> None:
 def natural_loops(blocks: list[Block]) -> list[Loop]:
     """All loops in the order of their heads; two branches back to one head are one loop."""
     dominators = _dominators(blocks)
-    predecessors = _predecessors(blocks)
+    predecessors = predecessors_of(blocks)
     bodies: dict[int, set[int]] = {}
     for number in dominators:
         for head in blocks[number].successors:
@@ -119,7 +120,8 @@ def _reaching(number: int, head: int, predecessors: list[list[int]]) -> set[int]
     return found
 
 
-def _predecessors(blocks: list[Block]) -> list[list[int]]:
+def predecessors_of(blocks: Sequence[Block]) -> list[list[int]]:
+    """For each block the numbers of those that it may follow."""
     predecessors: list[list[int]] = [[] for _ in blocks]
     for number, block in enumerate(blocks):
         for successor in block.successors:
@@ -130,7 +132,7 @@ def _predecessors(blocks: list[Block]) -> list[list[int]]:
 def _dominators(blocks: list[Block]) -> dict[int, set[int]]:
     """For each block that can be reached, the blocks on every way to it, itself among them."""
     order = _reverse_postorder(blocks)
-    predecessors = _predecessors(blocks)
+    predecessors = predecessors_of(blocks)
     dominators: dict[int, set[int]] = {0: {0}}
     changed = True
     while changed:

@@ -24,6 +24,10 @@ _STREAMING = ("combine", "preprocess")
 _TRANSPOSED = ("dkdv", "dk", "dv")
 
 
+class UnavailableError(ValueError):
+    """The kernels of a language cannot be judged here, and why."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One row of the report: a compiled launch, and what it has to be like."""
@@ -38,6 +42,8 @@ class Kernel:
     needs_tensor_cores: bool
     needs_tma: bool
     may_spill: bool = False
+    needs_overlap: bool = False  # exponentials have to run beside products
+    family: int | None = None  # of a kernel in C++: the machine it was written for, where it may run on later ones
     code: MachineCode | None = None
     error: str | None = None  # why there is no code
 
@@ -52,10 +58,17 @@ class Kernel:
         return f"{self.phase} ({self.variant}) for sm_{self.capability}"
 
     @property
+    def language(self) -> str:
+        """What it is written in."""
+        return "Triton" if self.family is None else "C++"
+
+    @property
     def tensor_core_kind(self) -> str | None:
         """The instruction that has to make all products; None where none has to."""
         if not self.needs_tensor_cores or self.phase in _STREAMING:
             return None
+        if self.family is not None:  # its instructions are named in its source
+            return _WARPGROUP_KINDS.get(self.family, "HMMA")
         rows = self.tile[1] if self.phase in _TRANSPOSED else self.tile[0]
         if rows < _WARPGROUP_ROWS or self.num_warps % 4:
             return "HMMA"
@@ -99,8 +112,8 @@ def tma(kernel: Kernel, code: MachineCode, known: Facts) -> Iterator[str]:
     """Keys and values, or what else a loop reads, come by the tensor memory accelerator."""
     if kernel.needs_tma or known.get("tma_loads", 0):
         loads = [loop.tma_loads for loop in code.loops]
-        if not loads or not all(loads):
-            yield f"TMA loads in its inner loops are {loads}; allowed: at least 1 in each"
+        if not code.producers and (not loads or not all(loads)):
+            yield f"TMA loads in its inner loops are {loads}; allowed: at least 1 in each, or a producer's loop"
 
 
 def occupancy(kernel: Kernel, code: MachineCode, known: Facts) -> Iterator[str]:
@@ -112,6 +125,39 @@ def occupancy(kernel: Kernel, code: MachineCode, known: Facts) -> Iterator[str]:
             f"{code.ctas_per_sm} CTAs fit on a multiprocessor ({cost}); "
             f"allowed: at least {kernel.promised_ctas}, as its configuration says"
         )
+
+
+def register_pool(kernel: Kernel, code: MachineCode, known: Facts) -> Iterator[str]:
+    """What consumers take by `setmaxnreg` is what the block was launched with and the producer gave up, or they wait
+    for ever.
+    """
+    if code.taken is None or code.given_up is None:
+        return
+    groups = kernel.num_warps // 4
+    wanted, there = code.given_up + (groups - 1) * code.taken, groups * code.registers
+    if wanted > there:
+        yield (
+            f"its {groups} warpgroups want {wanted} registers a lane by setmaxnreg ({code.given_up} for a producer, "
+            f"{code.taken} for others); allowed: {there}, with which a block is launched"
+        )
+
+
+def overlap(kernel: Kernel, code: MachineCode, known: Facts) -> Iterator[str]:
+    """The exponentials of one block of keys run beside the products of another, as many as before."""
+    for which, loop in (("full", code.full), ("masked", code.masked)):
+        before = known.get(f"overlapped_{which}") or int(kernel.needs_overlap and which == "full")
+        allowed = -int(-before * (1 - GROWTH) // 1)
+        if loop is not None and loop.overlapped < allowed:
+            yield (
+                f"{loop.overlapped} of {loop.exponentials} exponentials of its {which} loop run beside products; "
+                f"allowed: at least {allowed}"
+            )
+
+
+def complaints(kernel: Kernel, code: MachineCode, known: Facts) -> Iterator[str]:
+    """Whatever else ptxas has to say."""
+    for text in code.complaints:
+        yield f"ptxas says {text!r}; allowed: nothing of the kind"
 
 
 def growth(kernel: Kernel, code: MachineCode, known: Facts) -> Iterator[str]:
@@ -130,7 +176,9 @@ def growth(kernel: Kernel, code: MachineCode, known: Facts) -> Iterator[str]:
             )
 
 
-RULES: tuple[Rule, ...] = (spills, tensor_cores, serialization, tma, occupancy, growth)
+RULES: tuple[Rule, ...] = (
+    spills, tensor_cores, serialization, tma, occupancy, register_pool, overlap, complaints, growth,
+)  # fmt: skip
 
 
 def judge(kernels: Sequence[Kernel], baseline: Mapping[int, Mapping[str, Facts]] | None) -> list[str]:
@@ -166,35 +214,36 @@ def _vanished(kernels: Sequence[Kernel], baseline: Mapping[int, Mapping[str, Fac
 
 
 def baseline_path() -> Path:
-    """Where the committed baseline lies: beside the kernels."""
+    """Where the committed baseline of the Triton kernels lies: beside them."""
     from transformer_fast import kernels
 
     return Path(kernels.__file__).with_name("baseline.json")
 
 
-def read_baseline(path: Path, triton: str) -> dict[int, dict[str, Facts]] | None:
-    """The figures for a minor version of Triton ("3.7"); None if there are none."""
+def read_baseline(path: Path, version: str) -> dict[int, dict[str, Facts]] | None:
+    """The figures for a minor version of the compiler ("3.7" of Triton); None if there are none."""
     if not path.exists():
         return None
-    data = json.loads(path.read_text(encoding="utf-8")).get(triton)
+    data = json.loads(path.read_text(encoding="utf-8")).get(version)
     return None if data is None else {int(capability): facts for capability, facts in data.items()}
 
 
-def write_baseline(path: Path, triton: str, kernels: Sequence[Kernel]) -> None:
-    """Replaces the figures of a version of Triton for the capabilities that were compiled, and leaves the others."""
+def write_baseline(path: Path, version: str, kernels: Sequence[Kernel]) -> None:
+    """Replaces a compiler version's figures for the capabilities that were compiled for, and leaves the others."""
     data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    of_version = data.setdefault(triton, {})
+    of_version = data.setdefault(version, {})
     for capability in sorted({kernel.capability for kernel in kernels}):
         of_version[str(capability)] = {
-            kernel.name: _facts(kernel.code)
+            kernel.name: _facts(kernel, kernel.code)
             for kernel in sorted(kernels, key=lambda kernel: kernel.name)
             if kernel.capability == capability and kernel.code is not None
         }
-    data[triton] = dict(sorted(of_version.items(), key=lambda item: int(item[0])))
+    data[version] = dict(sorted(of_version.items(), key=lambda item: int(item[0])))
     path.write_text(_lines(dict(sorted(data.items()))), encoding="utf-8")
 
 
-def _facts(code: MachineCode) -> Facts:
+def _facts(kernel: Kernel, code: MachineCode) -> Facts:
+    overlapped = {"overlapped_full": code.full, "overlapped_masked": code.masked} if kernel.needs_overlap else {}
     return {
         "registers": code.registers,
         "spills": code.spills,
@@ -203,6 +252,7 @@ def _facts(code: MachineCode) -> Facts:
         "tma_loads": code.tma_loads,
         "full": code.full and code.full.instructions,
         "masked": code.masked and code.masked.instructions,
+        **{name: loop and loop.overlapped for name, loop in overlapped.items()},
     }
 
 

@@ -1,223 +1,91 @@
-"""What the Triton kernels are compiled to, for GPUs that need not be there: `transformer-fast kernels`.
+"""What the GPU kernels are compiled to, for GPUs that need not be there: `transformer-fast kernels`.
 
-Every launch of a few representative problems is compiled with the very arguments that the back end would launch it
-with, read (`machine_code`) and judged (`kernel_gate`).
+Those in Triton and those in C++ are compiled (or taken from the build), read (`machine_code`) and judged
+(`kernel_gate`) alike.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-import multiprocessing
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from transformer_fast.spec import AttentionSpec, Operands, make_spec, parse_options
+from transformer_fast.testing import cuda_kernels, triton_kernels
 from transformer_fast.testing.environment import environment
-from transformer_fast.testing.kernel_gate import Kernel, baseline_path, judge, read_baseline, write_baseline
-from transformer_fast.testing.machine_code import LIMITS, inspect
-
-CAPABILITIES = (80, 90, 100)
-Progress = Callable[[int, int, str], None]
+from transformer_fast.testing.kernel_gate import (
+    Kernel,
+    UnavailableError,
+    baseline_path,
+    judge,
+    read_baseline,
+    write_baseline,
+)
+from transformer_fast.testing.machine_code import LIMITS
+from transformer_fast.testing.pool import Progress
 
 
 @dataclass(frozen=True)
-class ReportCase:
-    """An attention problem whose kernels are compiled."""
+class Language:
+    """What kernels are written in, and who compiles it."""
 
     name: str
-    head_dim: int = 128
-    dtype: torch.dtype = torch.bfloat16
-    seqlen_q: int = 4096
-    num_heads: int = 32
-    num_kv_heads: int = 8
-    packed: bool = False
-    page_size: int = 0
-    tensors: tuple[str, ...] = ()  # optional operands, by name
-    options: dict[str, Any] = field(default_factory=dict)
-    phases: tuple[str, ...] | None = None  # those to compile; all by default
-    may_spill: bool = False  # registers run out, and no tile is made smaller for it
+    compiler: str
+    version: Callable[[], str]  # of the compiler; UnavailableError where nothing can be judged
+    capabilities: tuple[int, ...]
+    kernels: Callable[..., list[Kernel]]  # of capabilities, with `workers` and `progress`
+    baseline: Callable[[], Path]
 
 
-_CAUSAL = {"causal": True}
-_DIMS = (64, 128, 256, 512)  # one for each row of the table of configurations
-_TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-CASES = (
-    *(ReportCase(f"{t} {d} causal", d, dtype, options=_CAUSAL) for t, dtype in _TYPES.items() for d in _DIMS),
-    *(
-        ReportCase(f"{t} {d} decode", d, dtype, seqlen_q=1, tensors=("seqlens_k",), phases=("decode", "combine"))
-        for t, dtype in _TYPES.items()
-        for d in _DIMS
+LANGUAGES: dict[str, Language] = {
+    "triton": Language(
+        "Triton",
+        "Triton",
+        triton_kernels.triton_version,
+        triton_kernels.CAPABILITIES,
+        triton_kernels.compile_kernels,
+        baseline_path,
     ),
-    *(
-        ReportCase(f"{t} {d} bias", d, dtype, tensors=("bias",), phases=("dbias",))
-        for t, dtype in _TYPES.items()
-        for d in _DIMS
+    "cuda": Language(
+        "C++",
+        "nvcc",
+        cuda_kernels.nvcc_version,
+        cuda_kernels.CAPABILITIES,
+        cuda_kernels.compile_kernels,
+        cuda_kernels.baseline_path,
     ),
-    ReportCase("bf16 128 full", num_kv_heads=32),
-    ReportCase("bf16 128 packed", packed=True, options=_CAUSAL),
-    # A page to a block or more, and pages so small that each row of a block is looked up.
-    *(
-        ReportCase(f"bf16 128 pages of {n}", seqlen_q=1, page_size=n, tensors=("seqlens_k",), phases=("decode",))
-        for n in (16, 128)
-    ),
-    # As gpt-oss and Gemma 2 have it.
-    ReportCase("bf16 64 sinks", 64, tensors=("sinks",), options={"causal": True, "window_size": (127, 0)}),
-    ReportCase("bf16 256 softcap", 256, options={"causal": True, "window_size": (4095, 0), "softcap": 50.0}),
-    # More than any model has, to see what it costs.
-    ReportCase(
-        "bf16 128 all",
-        tensors=("key_padding_mask", "bias", "alibi_slopes", "sinks"),
-        options={"causal": True, "window_size": (1000, 0), "softcap": 30.0, "dropout_p": 0.1},
-        phases=("forward", "dkdv", "dq"),
-        may_spill=True,
-    ),
-)
-
-
-def make_case_spec(case: ReportCase) -> AttentionSpec:
-    """The spec of a case, from tensors without data."""
-    batch, seqlen_k = 4, 4096
-    packed_options = {"max_seqlen_q": case.seqlen_q, "max_seqlen_k": seqlen_k} if case.packed else {}
-
-    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def tokens(heads: int, length: int) -> Tensor:
-        shape = (batch * length, heads, case.head_dim) if case.packed else (batch, heads, length, case.head_dim)
-        return meta(*shape, dtype=case.dtype)
-
-    def keys() -> Tensor:
-        if not case.page_size:
-            return tokens(case.num_kv_heads, seqlen_k)
-        pages = batch * seqlen_k // case.page_size
-        return meta(pages, case.num_kv_heads, case.page_size, case.head_dim, dtype=case.dtype)
-
-    optional = {
-        "cu_seqlens_q": meta(batch + 1, dtype=torch.int32),
-        "cu_seqlens_k": meta(batch + 1, dtype=torch.int32),
-        "seqlens_k": meta(batch, dtype=torch.int32),
-        "key_padding_mask": meta(batch, seqlen_k, dtype=torch.bool),
-        "bias": meta(1, case.num_heads, case.seqlen_q, seqlen_k, dtype=case.dtype),
-        "alibi_slopes": meta(case.num_heads),
-        "sinks": meta(case.num_heads),
-        "rng_seed": meta(dtype=torch.int64),
-        "block_table": meta(batch, seqlen_k // max(1, case.page_size), dtype=torch.int32),
-    }
-    names = case.tensors
-    names += ("cu_seqlens_q", "cu_seqlens_k") if case.packed else ()
-    names += ("block_table",) if case.page_size else ()
-    names += ("rng_seed",) if "dropout_p" in case.options else ()
-    operands = Operands(
-        tokens(case.num_heads, case.seqlen_q),
-        keys(),
-        keys(),
-        **{name: optional[name] for name in names},
-    )
-    return make_spec(operands, parse_options(**case.options, **packed_options))
-
-
-# --------------------------------------------------------------------------------------------- what is to be compiled
+}
 
 
 @dataclass(frozen=True)
-class Job:
-    """One launch, in words that another process understands: Triton's functions do not travel."""
+class Part:
+    """All kernels of a language, and what is wrong with them."""
 
-    case: ReportCase
-    capability: int
-    index: int
-
-
-def launches(case: ReportCase, capability: int) -> list[Any]:
-    """What the back end would launch for a case, as far as it is to be compiled."""
-    from transformer_fast.backends.triton_plan import plan_launches
-
-    planned = plan_launches(make_case_spec(case), capability)
-    return [launch for launch in planned if case.phases is None or launch.phase in case.phases]
-
-
-def _unit(launch: Any, capability: int) -> Any:
-    from transformer_fast.testing.ahead_of_time import unit
-
-    config = launch.config
-    return unit(
-        launch.kernel,
-        launch.arguments,
-        launch.constants,
-        capability,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-
-
-def _jobs(cases: Sequence[ReportCase], capabilities: Sequence[int]) -> Iterator[tuple[Job, Kernel]]:
-    """Every different compilation once, under the first case that needs it."""
-    seen = set()
-    for capability in capabilities:
-        for case in cases:
-            for index, launch in enumerate(launches(case, capability)):
-                key = _unit(launch, capability).key
-                if key not in seen:
-                    seen.add(key)
-                    yield Job(case, capability, index), _kernel(case, capability, launch)
-
-
-def _kernel(case: ReportCase, capability: int, launch: Any) -> Kernel:
-    config, constants = launch.config, launch.constants
-    return Kernel(
-        phase=launch.phase,
-        variant=case.name,
-        capability=capability,
-        tile=(constants.get("BLOCK_M", config.block_m), constants.get("BLOCK_N", config.block_n)),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        promised_ctas=config.ctas_per_sm,
-        needs_tensor_cores=case.dtype.itemsize == 2,
-        needs_tma=launch.tma,
-        may_spill=case.may_spill,
-    )
-
-
-def _compile(job: Job) -> dict[str, Any]:
-    """The code, or the error, of a job; runs in a process of its own."""
-    launch = launches(job.case, job.capability)[job.index]
-    try:
-        return {"code": inspect(_unit(launch, job.capability).compile(), job.capability)}
-    except Exception as error:  # the other kernels are still to be reported
-        return {"error": _reason(error)}
-
-
-def _reason(error: BaseException) -> str:
-    """What is wrong and the line it is wrong in: the last line of what Triton raised first, and the one marked ^."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
-    marked = next((f" at {before}" for before, line in itertools.pairwise(lines) if line == "^"), "")
-    return f"{type(error).__name__}{marked}: {lines[-1]}"
-
-
-# ----------------------------------------------------------------------------------------------------- the report
+    language: str
+    compiler: str  # with its version
+    kernels: tuple[Kernel, ...]
+    failures: tuple[str, ...]
+    baseline: str | None  # the version that there was one for
 
 
 @dataclass(frozen=True)
 class KernelReport:
     """All kernels, and what is wrong with them."""
 
-    kernels: tuple[Kernel, ...]
-    failures: tuple[str, ...]
-    triton: str
-    baseline: str | None  # the version that there was one for
+    parts: tuple[Part, ...]
+    notes: tuple[str, ...]  # what was not judged, and why
     seconds: float
     environment: dict[str, Any]
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        return tuple(kernel for part in self.parts for kernel in part.kernels)
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        return tuple(failure for part in self.parts for failure in part.failures)
 
     @property
     def passed(self) -> bool:
@@ -226,19 +94,24 @@ class KernelReport:
     def summary(self) -> str:
         """One line."""
         verdict = "passed" if self.passed else f"FAILED: {len(self.failures)} broken rules"
-        compared = "" if self.baseline else "; no baseline for this version, so growth was not judged"
-        return f"{verdict}: {len(self.kernels)} kernels by Triton {self.triton}{compared}"
+        counts = [
+            f"{len(part.kernels)} kernels by {part.compiler}"
+            + ("" if part.baseline else " (no baseline for this version, so growth was not judged)")
+            for part in self.parts
+        ]
+        return f"{verdict}: {', '.join(counts)}"
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, as plain data for JSON."""
         return {
             "passed": self.passed,
             "failures": list(self.failures),
-            "triton": self.triton,
-            "baseline": self.baseline,
+            "notes": list(self.notes),
+            "compilers": {part.language: part.compiler for part in self.parts},
+            "baselines": {part.language: part.baseline for part in self.parts},
             "seconds": round(self.seconds, 1),
             "environment": self.environment,
-            "kernels": [asdict(kernel) for kernel in self.kernels],
+            "kernels": [{"language": kernel.language} | asdict(kernel) for kernel in self.kernels],
         }
 
     def write(self, directory: str | Path) -> tuple[Path, Path]:
@@ -253,71 +126,10 @@ class KernelReport:
         return json_path, markdown_path
 
 
-def triton_version() -> str:
-    """Triton's version.
-
-    Raises:
-        ValueError: it is not installed, or was told to interpret kernels instead of compiling them.
-    """
-    if os.environ.get("TRITON_INTERPRET", "0") == "1":
-        raise ValueError("TRITON_INTERPRET is 1; allowed: unset, since the interpreter compiles nothing")
-    try:
-        import triton
-    except ImportError as error:
-        raise ValueError(f"Triton compiles the kernels, and is not there ({error}); try: pip install triton") from None
-    return str(triton.__version__)
-
-
-def compile_kernels(
-    cases: Sequence[ReportCase] = CASES,
-    capabilities: Sequence[int] = CAPABILITIES,
-    *,
-    workers: int | None = None,
-    progress: Progress | None = None,
-) -> list[Kernel]:
-    """Compiles and reads every different kernel of the cases.
-
-    Args:
-        cases: attention problems.
-        capabilities: of LIMITS: 90 for compute capability 9.0.
-        workers: processes; as many as there are cores by default, and with 1 all is done in this one.
-        progress: called after each kernel with (number done, number in all, which).
-
-    Raises:
-        ValueError: a capability that nothing is known of.
-    """
-    for capability in capabilities:
-        if capability not in LIMITS:
-            raise ValueError(f"capability is {capability}; allowed: {', '.join(map(str, LIMITS))}")
-    jobs = list(_jobs(cases, capabilities))
-    done: dict[int, Kernel] = {}
-    for number, result in _results([job for job, _ in jobs], workers or _cores()):
-        done[number] = replace(jobs[number][1], **result)
-        if progress:
-            progress(len(done), len(jobs), done[number].where)
-    return [done[number] for number in range(len(jobs))]
-
-
-def _results(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    if workers == 1:
-        yield from enumerate(map(_compile, jobs))
-        return
-    # Not forked: torch has threads by now.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(_compile, job): number for number, job in enumerate(jobs)}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def report(
-    cases: Sequence[ReportCase] = CASES,
-    capabilities: Sequence[int] = CAPABILITIES,
+    capabilities: Sequence[int] | None = None,
+    only: Sequence[str] = (),
     *,
-    baseline: Path | None = None,
     update_baseline: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -325,26 +137,56 @@ def report(
     """Compiles, reads and judges the kernels.
 
     Args:
-        cases, capabilities, workers, progress: as :func:`compile_kernels` takes them.
-        baseline: a file; the committed one by default.
+        capabilities: 90 for compute capability 9.0; all that a language is compiled for by default.
+        only: of LANGUAGES; by default those that can be compiled here, with a note on the others.
         update_baseline: write the figures there first. What is wrong by itself, like a spill, stays wrong.
+        workers: processes; as many as there are cores by default.
+        progress: called after each kernel with (number done, number in all, which).
 
     Raises:
-        ValueError: Triton is not here, or cannot compile; or a capability that nothing is known of.
+        ValueError: nothing can be compiled here, or not what was asked for; or a capability that nothing is known of.
     """
-    version = triton_version()
-    minor = ".".join(version.split(".")[:2])
-    path = baseline or baseline_path()
     start = time.perf_counter()
-    kernels = compile_kernels(cases, capabilities, workers=workers, progress=progress)
+    for capability in capabilities or ():
+        if capability not in LIMITS:
+            raise ValueError(f"capability is {capability}; allowed: {', '.join(map(str, LIMITS))}")
+    for name in only:
+        if name not in LANGUAGES:
+            raise ValueError(f"only is {name!r}; allowed: {', '.join(LANGUAGES)}")
+    parts, notes = [], []
+    for name, language in LANGUAGES.items():
+        if only and name not in only:
+            continue
+        try:
+            parts.append(_part(language, capabilities, update_baseline, workers, progress))
+        except UnavailableError as reason:
+            if only:
+                raise
+            notes.append(f"not judged: the kernels in {language.name}, since {reason}")
+    if not any(part.kernels for part in parts):
+        raise ValueError("no kernel can be compiled here" + "".join(f"; {note}" for note in notes))
+    return KernelReport(tuple(parts), tuple(notes), time.perf_counter() - start, environment())
+
+
+def _part(
+    language: Language,
+    capabilities: Sequence[int] | None,
+    update_baseline: bool,
+    workers: int | None,
+    progress: Progress | None,
+) -> Part:
+    version = language.version()
+    minor = ".".join(version.split(".")[:2])
+    wanted = language.capabilities if capabilities is None else capabilities
+    kernels = language.kernels(capabilities=wanted, workers=workers, progress=progress)
+    path = language.baseline()
     if update_baseline:
         write_baseline(path, minor, kernels)
     known = read_baseline(path, minor)
-    return KernelReport(
+    return Part(
+        language.name,
+        f"{language.compiler} {version}",
         tuple(kernels),
         tuple(judge(kernels, known)),
-        version,
         None if known is None else minor,
-        time.perf_counter() - start,
-        environment(),
     )

@@ -1,24 +1,28 @@
-"""What a compiled Triton kernel is made of, read from its machine code: no GPU is needed, and nothing runs.
+"""What a compiled kernel is made of, read from its machine code: no GPU is needed, and nothing runs.
 
-The tools are those that Triton ships. They say what a kernel costs before a device ever does: registers, spills,
-shared memory, how many thread blocks fit on a multiprocessor, which tensor-core instructions are used, and how many
-instructions one turn of the inner loops takes.
+The tools are those that Triton ships, or a CUDA toolkit's. They say what a kernel costs before a device ever does:
+registers, spills, shared memory, how many thread blocks fit on a multiprocessor, which tensor-core instructions are
+used, how many instructions one turn of the inner loops takes, and what runs beside the products.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformer_fast.testing.control_flow import Instruction, Loop, natural_loops, parse_sass
+from transformer_fast.testing.overlap import beside_products
 
 
 class Limits(NamedTuple):
@@ -47,6 +51,9 @@ _TENSOR_MEMORY_COLUMNS = 512
 _TENSOR_CORE = re.compile(r"[HIQDO]MMA|[HIQO]GMMA|UTC\w*MMA")
 _ARITHMETIC = re.compile(r"FFMA|FMUL|FADD|HFMA2|DFMA|HADD2|HMUL2")
 _SPILLS = ("STL", "LDL")
+_TMA = ("UTMALDG",)
+#: Loops of so few instructions only ask again whether something has come.
+_POLL = 4
 #: Instructions that stop a warp until others are done, by the name they have in the report.
 _WAITS = {"WARPGROUP.DEPBAR": "wgmma", "SYNCS.PHASECHK": "mbarrier", "BAR.": "barrier", "DEPBAR": "cp.async"}
 
@@ -60,6 +67,8 @@ class InnerLoop:
     tma_loads: int
     spills: int
     waits: dict[str, int]
+    exponentials: int = 0
+    overlapped: int = 0  # exponentials that run while a warpgroup's products are under way
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,11 @@ class MachineCode:
     tma_loads: int
     serialized: int  # complaints of ptxas that wgmma instructions cannot overlap
     instructions: int
-    loops: tuple[InnerLoop, ...]
+    loops: tuple[InnerLoop, ...]  # those that compute
+    producers: tuple[InnerLoop, ...] = ()  # those that only load by TMA, for other warps
+    complaints: tuple[str, ...] = ()  # what else ptxas says against it
+    given_up: int | None = None  # registers a thread that setmaxnreg leaves a producer
+    taken: int | None = None  # and that it gives a consumer
 
     @property
     def full(self) -> InnerLoop | None:
@@ -98,25 +111,62 @@ class MachineCode:
 def inspect(compiled: Any, capability: int) -> MachineCode:
     """The facts about a kernel as ``triton.compile`` returns it."""
     metadata = compiled.metadata
-    tensor_memory = getattr(metadata, "tmem_size", 0)
+    return read_cubin(
+        compiled.asm["cubin"],
+        metadata.name,
+        capability,
+        threads=metadata.num_warps * 32,
+        shared=metadata.shared,
+        tensor_memory=getattr(metadata, "tmem_size", 0),
+        serialized=_serialized(compiled, capability),
+    )
+
+
+def read_cubin(
+    cubin: bytes,
+    kernel: str,
+    capability: int,
+    *,
+    threads: int,
+    shared: int,
+    tensor_memory: int = 0,
+    serialized: int = 0,
+    complaints: Sequence[str] = (),
+) -> MachineCode:
+    """The facts about a kernel of a binary.
+
+    Args:
+        cubin: the binary.
+        kernel: its (mangled) name there.
+        capability: of LIMITS.
+        threads: of a block.
+        shared: bytes of shared memory that a block is launched with.
+        tensor_memory: columns of it.
+        serialized, complaints: what ptxas said.
+    """
     with tempfile.TemporaryDirectory() as directory:
-        cubin = Path(directory, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        registers, local_bytes = _resources(_run("cuobjdump", "-res-usage", cubin))
-        blocks = parse_sass(_run("nvdisasm", "-c", cubin), metadata.name)
+        path = Path(directory, "kernel.cubin")
+        path.write_bytes(cubin)
+        registers, local_bytes = _resources(run_tool("cuobjdump", "-res-usage", path), kernel)
+        blocks = parse_sass(run_tool("nvdisasm", "-c", path), kernel)
     everything = [i for block in blocks for i in block.instructions]
+    loops, overlapped = natural_loops(blocks), beside_products(blocks)
     return MachineCode(
         registers=registers,
         local_bytes=local_bytes,
         spills=_count(everything, _SPILLS),
-        shared=metadata.shared,
+        shared=shared,
         tensor_memory=tensor_memory,
-        ctas_per_sm=ctas_per_sm(capability, registers, metadata.num_warps * 32, metadata.shared, tensor_memory),
+        ctas_per_sm=ctas_per_sm(capability, registers, threads, shared, tensor_memory),
         tensor_cores=_tensor_cores(everything),
-        tma_loads=_count(everything, ("UTMALDG",)),
-        serialized=_serialized(compiled, capability),
+        tma_loads=_count(everything, _TMA),
+        serialized=serialized,
         instructions=len(everything),
-        loops=tuple(inner_loops(natural_loops(blocks))),
+        loops=tuple(inner_loops(loops, overlapped)),
+        producers=tuple(producer_loops(loops)),
+        complaints=tuple(complaints),
+        given_up=_register_target(everything, "DEALLOC"),
+        taken=_register_target(everything, "TRY_ALLOC"),
     )
 
 
@@ -142,26 +192,35 @@ def ctas_per_sm(capability: int, registers: int, threads: int, shared: int, tens
 # ------------------------------------------------------------------------------------------------------- the tools
 
 
-def _tool(name: str) -> str:
-    from triton import knobs
+@functools.cache
+def find_tool(name: str) -> str | None:
+    """cuobjdump or nvdisasm: Triton's own, or a CUDA toolkit's."""
+    with contextlib.suppress(ImportError, AttributeError):
+        from triton import knobs
 
-    return str(getattr(knobs.nvidia, name).path)
+        path = str(getattr(knobs.nvidia, name).path)
+        if Path(path).exists():
+            return path
+    toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which(name) or shutil.which(name, path=f"{toolkit}/bin")
 
 
-def _run(tool: str, *arguments: str | Path) -> str:
+def run_tool(name: str, *arguments: str | Path, directory: str | Path | None = None) -> str:
     """What a tool prints. On the other stream nvdisasm warns of cubins of another CUDA version, which does no harm."""
-    command = [_tool(tool), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    tool = find_tool(name)
+    if tool is None:
+        raise RuntimeError(f"{name} is neither in Triton nor in a CUDA toolkit here")
+    done = subprocess.run([tool, *map(str, arguments)], capture_output=True, text=True, check=False, cwd=directory)
     if done.returncode:
-        raise RuntimeError(f"{tool} failed with exit status {done.returncode}: {done.stderr.strip()[-2000:]}")
+        raise RuntimeError(f"{name} failed with exit status {done.returncode}: {done.stderr.strip()[-2000:]}")
     return done.stdout
 
 
-def _resources(text: str) -> tuple[int, int]:
+def _resources(text: str, kernel: str) -> tuple[int, int]:
     """Registers a thread, and bytes of stack and local memory, from `cuobjdump -res-usage`."""
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    found = re.search(rf"Function {re.escape(kernel)}:\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     if found is None:
-        raise RuntimeError(f"cuobjdump says nothing about registers: {text.strip()[-500:]}")
+        raise RuntimeError(f"cuobjdump says nothing about the registers of {kernel}: {text.strip()[-500:]}")
     registers, stack, local = map(int, found.groups())
     return registers, stack + local
 
@@ -211,24 +270,56 @@ def _wait(opcode: str) -> str | None:
     return next((kind for start, kind in _WAITS.items() if opcode.startswith(start)), None)
 
 
-def inner_loops(loops: list[Loop]) -> list[InnerLoop]:
-    """The innermost loops that compute: by tensor cores where the kernel has any in loops, else by the plain units."""
+def _register_target(instructions: Iterable[Instruction], which: str) -> int | None:
+    """The number of registers in `setmaxnreg`."""
+    found = [i.operands.split(",")[-1] for i in instructions if i.opcode.startswith(f"USETMAXREG.{which}")]
+    return max((int(number, 0) for number in found), default=None)
+
+
+def inner_loops(loops: list[Loop], overlapped: Sequence[int] = ()) -> list[InnerLoop]:
+    """The innermost loops that compute: by tensor cores where the kernel has any in loops, else by the plain units.
+
+    Args:
+        loops: all of the kernel's.
+        overlapped: for each block how many of its exponentials run beside products.
+    """
     for works in (_TENSOR_CORE, _ARITHMETIC):
         working = [loop for loop in loops if any(works.match(i.opcode) for i in loop.instructions)]
-        innermost = [loop for loop in working if not any(inner.blocks < loop.blocks for inner in working)]
-        if innermost:
-            return [_inner_loop(loop, loops) for loop in innermost]
+        if working:
+            return [_inner_loop(loop, loops, overlapped) for loop in _innermost(working)]
     return []
 
 
-def _inner_loop(loop: Loop, loops: list[Loop]) -> InnerLoop:
+def producer_loops(loops: list[Loop]) -> list[InnerLoop]:
+    """The innermost loops that wait for a free place and load by TMA what other warps compute with.
+
+    A copy whose operands only the programmer knows to be the same in all lanes stands in a little loop of its own, over
+    the different ones: that waits for nothing.
+    """
+
+    def loads(loop: Loop) -> bool:
+        found = loop.instructions
+        return bool(_count(found, _TMA) and _waits(found).get("mbarrier")) and not _tensor_cores(found)
+
+    return [_inner_loop(loop, loops, ()) for loop in _innermost([loop for loop in loops if loads(loop)])]
+
+
+def _innermost(loops: list[Loop]) -> list[Loop]:
+    return [loop for loop in loops if not any(inner.blocks < loop.blocks for inner in loops)]
+
+
+def _inner_loop(loop: Loop, loops: list[Loop], overlapped: Sequence[int]) -> InnerLoop:
     """Facts about one turn. A wait that is over at once does not turn: the loops that poll again are left out."""
-    polls = {b for inner in loops if inner.blocks < loop.blocks and len(inner.instructions) <= 4 for b in inner.blocks}
-    instructions = [i for block in sorted(loop.blocks - polls) for i in loop.graph[block].instructions]
+    inside = [inner for inner in loops if inner.blocks < loop.blocks and not _count(inner.instructions, _TMA)]
+    polls = {block for inner in inside if len(inner.instructions) <= _POLL for block in inner.blocks}
+    blocks = sorted(loop.blocks - polls)
+    instructions = [i for block in blocks for i in loop.graph[block].instructions]
     return InnerLoop(
         instructions=len(instructions),
         tensor_cores=sum(_tensor_cores(instructions).values()),
-        tma_loads=_count(instructions, ("UTMALDG",)),
+        tma_loads=_count(instructions, _TMA),
         spills=_count(instructions, _SPILLS),
         waits=_waits(instructions),
+        exponentials=_count(instructions, ("MUFU.EX2",)),
+        overlapped=sum(overlapped[block] for block in blocks) if overlapped else 0,
     )

@@ -16,6 +16,8 @@
 namespace tf {
 namespace cuda {
 
+static_assert(sizeof(Arguments) <= 4096, "what a kernel of compute capability 8.0 takes by value");
+
 // ------------------------------------------------------------------------------------------ what a kernel may have
 
 template <class K, class = void>
@@ -43,6 +45,15 @@ struct RefusesOf {
 template <class K>
 struct RefusesOf<K, std::void_t<decltype(&K::refuses)>> {
     static constexpr const char* (*value)(const Arguments&) = &K::refuses;
+};
+
+template <class K, class = void>
+struct SuitsOf {
+    static constexpr bool (*value)(const Problem&) = nullptr;
+};
+template <class K>
+struct SuitsOf<K, std::void_t<decltype(&K::suits)>> {
+    static constexpr bool (*value)(const Problem&) = &K::suits;
 };
 
 template <class K, class = void>
@@ -115,6 +126,7 @@ constexpr KernelInfo info_of(const char* name, const char* phase, int family, DT
             K::kMinBlocks,
             K::kSharedBytes,
             PersistentOf<K>::value,
+            SuitsOf<K>::value,
             RefusesOf<K>::value,
             DescribeOf<K>::value,
             SumsOf<K>::floats,

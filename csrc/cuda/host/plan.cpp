@@ -66,31 +66,47 @@ struct Allocator {
 
 Plan::Plan(const Problem& problem, const Machine& machine) : p_(problem), machine_(machine) {
     modified_ = p_.modifies_scores() || p_.bias.data != nullptr || p_.dropout_p > 0.0 || p_.key_mask != nullptr;
+    plan();
+    if (forward_.empty() && !modified_) {  // a modified kernel can do a plain problem, not the other way round
+        modified_ = true;
+        plan();
+    }
+}
+
+void Plan::plan() {
+    forward_.clear(), backward_.clear(), refusals_.clear();
     key_ranges_ = find("key_ranges", 80);
     if (p_.key_mask != nullptr && key_ranges_ == nullptr) return;
     if (p_.seqlen_q * p_.group_size <= kDecodeRows) add_decode();
     for (const int family : {90, 80}) {
         if (family == 90 && machine_.capability != 90) continue;
-        add_forward(family);
+        if (family == 90) add_forward("forward_full", family);
+        add_forward("forward", family);
         if (p_.page_size == 0) add_backward(family);
     }
 }
 
-// The smallest head_dim that holds the problem's; then one made for plain problems, if this is one. A modified kernel
-// can do a plain problem, not the other way round.
+// The one with the smallest head_dim that holds the problem's. Plain and modified kernels keep the rows' maxima in
+// different units, so a problem's kernels are all of one kind.
 const KernelInfo* Plan::find(const char* phase, int family) const {
     const int64_t head_dim = max_of(p_.head_dim, p_.head_dim_v);
     const KernelInfo* best = nullptr;
     for (const KernelInfo* kernel : kernels()) {
         const bool fits = kernel->head_dim == 0 || (kernel->head_dim >= head_dim && kernel->dtype == p_.dtype);
-        if (!is(*kernel, phase) || kernel->family != family || !fits) continue;
-        if (kernel->shared_bytes > machine_.shared_bytes || (modified_ && kernel->modified == 0)) continue;
-        if (best == nullptr || kernel->head_dim < best->head_dim ||
-            (kernel->head_dim == best->head_dim && kernel->modified < best->modified)) {
-            best = kernel;
-        }
+        const bool of_kind = kernel->modified < 0 || (kernel->modified == 1) == modified_;
+        if (!is(*kernel, phase) || kernel->family != family || !fits || !of_kind) continue;
+        if (kernel->shared_bytes > machine_.shared_bytes) continue;
+        if (kernel->suits != nullptr && !kernel->suits(p_)) continue;
+        if (best == nullptr || kernel->head_dim < best->head_dim) best = kernel;
     }
     return best;
+}
+
+// Why a pass cannot be taken even if all that comes with a call is well aligned, nullptr where it can.
+const char* Plan::always_refuses(const Pass& pass) const {
+    Problem p = p_;
+    p.query.data = p.key.data = p.value.data = p.out.data = nullptr;
+    return refusal(pass, arguments_of(p, {}));
 }
 
 Step Plan::step_of(const KernelInfo& kernel) const {
@@ -127,13 +143,18 @@ void Plan::add_decode() {
     forward_.push_back(pass);
 }
 
-void Plan::add_forward(int family) {
-    const KernelInfo* kernel = find("forward", family);
-    if (kernel == nullptr) return;
+void Plan::add_forward(const char* phase, int family) {
+    const KernelInfo* kernel = find(phase, family);
+    const KernelInfo* usual = find("forward", family);
+    if (kernel == nullptr || (usual != nullptr && usual->head_dim < kernel->head_dim)) return;
     Pass pass;
     pass.steps = {step_of(*kernel)};
     pass.counters = kernel->persistent ? 1 : 0;
-    forward_.push_back(pass);
+    if (const char* reason = always_refuses(pass)) {
+        refusals_ += std::string(" (not ") + kernel->name + ": " + reason + ")";
+    } else {
+        forward_.push_back(pass);
+    }
 }
 
 void Plan::add_backward(int family) {
@@ -147,7 +168,7 @@ void Plan::add_backward(int family) {
         pass.dquery_sum = keys->dquery_sum_floats(p_);
         pass.counters = keys->turn_count(p_);
     }
-    backward_.push_back(pass);
+    if (always_refuses(pass) == nullptr) backward_.push_back(pass);
 }
 
 std::string Plan::missing(const char* pass) const {
@@ -156,35 +177,22 @@ std::string Plan::missing(const char* pass) const {
            sizes_of(p_);
 }
 
-const KernelInfo* Plan::refusing(const Pass& pass, const Arguments& a, const char** reason) const {
+const char* Plan::refusal(const Pass& pass, const Arguments& a) const {
     for (const Step& step : pass.steps) {
-        *reason = step.kernel->refuses == nullptr ? nullptr : step.kernel->refuses(a);
-        if (*reason != nullptr) return step.kernel;
+        const char* reason = step.kernel->refuses == nullptr ? nullptr : step.kernel->refuses(a);
+        if (reason != nullptr) return reason;
     }
     return nullptr;
 }
 
 std::string Plan::path() const {
     if (forward_.empty()) return forward_refuses();
-    Problem p = p_;
-    p.query.data = p.key.data = p.value.data = p.out.data = nullptr;  // aligned, as far as that goes
-    const Arguments a = arguments_of(p, {});
-    std::string because;
-    for (const Pass& pass : forward_) {
-        const Step& step = pass.steps[0];
-        const char* reason = nullptr;
-        if (refusing(pass, a, &reason) != nullptr) {
-            because +=
-                std::string(" (not the ") + (step.kernel->family == 90 ? "wgmma" : "mma") + " kernel: " + reason + ")";
-            continue;
-        }
-        std::string way = is(*step.kernel, "decode") ? "decode" : "tiled forward";
-        if (step.splits > 1) way = "split-KV decode, " + std::to_string(step.splits) + " splits";
-        if (p_.page_size != 0) way += " through a block table";
-        return way + ", " + (step.kernel->family == 90 ? "wgmma and TMA" : "mma.sync") + " (" + step.kernel->name +
-               ")" + because;
-    }
-    return "none" + because;
+    const Step& step = forward_[0].steps[0];
+    std::string way = is(*step.kernel, "decode") ? "decode" : "tiled forward";
+    if (step.splits > 1) way = "split-KV decode, " + std::to_string(step.splits) + " splits";
+    if (p_.page_size != 0) way += " through a block table";
+    const char* by = step.kernel->family == 90 ? "wgmma and TMA" : "mma.sync";
+    return way + ", " + by + " (" + step.kernel->name + ")" + refusals_;
 }
 
 // ------------------------------------------------------------------------------------------ the memory
@@ -230,12 +238,10 @@ void Plan::backward(const Problem& p, const Call& call) const {
 }
 
 void Plan::run(const std::vector<Pass>& passes, Arguments& a, const Call& call) const {
-    const char* reason = nullptr;
+    const char* reason = "no kernel is built";
     size_t chosen = 0;
-    while (chosen < passes.size() && refusing(passes[chosen], a, &reason) != nullptr) ++chosen;
-    if (chosen == passes.size()) {
-        throw Error((reason == nullptr ? "no kernel is built" : reason) + std::string(": ") + sizes_of(p_));
-    }
+    while (chosen < passes.size() && (reason = refusal(passes[chosen], a)) != nullptr) ++chosen;
+    if (chosen == passes.size()) throw Error(reason + (": " + sizes_of(p_)));
     const Pass& pass = passes[chosen];
 
     Allocator zeroed{call.zeroed}, scratch{call.scratch};

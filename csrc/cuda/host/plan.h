@@ -54,13 +54,15 @@ class Plan {
     void backward(const Problem&, const Call&) const;
 
   private:
+    void plan();
     const KernelInfo* find(const char* phase, int family) const;
     Step step_of(const KernelInfo&) const;
     void add_decode();
-    void add_forward(int family);
+    void add_forward(const char* phase, int family);
     void add_backward(int family);
     std::string missing(const char* pass) const;
-    const KernelInfo* refusing(const Pass&, const Arguments&, const char** reason) const;
+    const char* always_refuses(const Pass&) const;
+    const char* refusal(const Pass&, const Arguments&) const;
     Arguments arguments_of(const Problem&, const Call&) const;
     Workspace workspace_of(const std::vector<Pass>&) const;
     void run(const std::vector<Pass>&, Arguments&, const Call&) const;
@@ -71,6 +73,7 @@ class Plan {
     bool modified_ = false;
     const KernelInfo* key_ranges_ = nullptr;
     std::vector<Pass> forward_, backward_;  // the one to be preferred first
+    std::string refusals_;                  // of forward passes that are left out, in words
 };
 
 }  // namespace cuda

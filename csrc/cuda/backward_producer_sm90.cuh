@@ -56,9 +56,15 @@ struct BackwardProducerSm90 {
         }
     }
 
+    // Into the next buffer of a ring, when it is free.
+    template <int kStages>
     static TF_DEVICE void copy_tile(const Arguments& a, const Work& w, const Operand& operand, const TensorMap* map,
-                                    int64_t columns, int number, char* tile, uint64_t* full) {
+                                    int64_t columns, int number, char* tile, RingBarriers<kStages>& ring,
+                                    const RingPosition<kStages>& at) {
         const PackedRows rows = Shape::rows_of_tile(a, w, number);
+        uint64_t* const full = &ring.full[at.stage];
+        ring.wait_empty(at);
+        ptx::sync_warp();  // or else a lane that comes late may find the buffer filled, used, and the parity gone by
         if (!packed_rows_are_boxes(a.problem, operand, kBlockM)) {
             copy_rows<kBlockM>(tile, static_cast<int>(columns), operand.data, [&](int row) -> const E* {
                 if (!rows.has(row)) return nullptr;
@@ -80,15 +86,12 @@ struct BackwardProducerSm90 {
         RingPosition<2> query_at;
         RingPosition<Shape::kDoutStages> dout_at;
         for (int i = w.tiles.first; i < w.tiles.stop; ++i) {
-            barriers.query.wait_empty(query_at);
-            copy_tile(a, w, p.query, &a.query_map, p.head_dim, i, shared.query(query_at.stage),
-                      &barriers.query.full[query_at.stage]);
+            copy_tile(a, w, p.query, &a.query_map, p.head_dim, i, shared.query(query_at.stage), barriers.query,
+                      query_at);
             if (i == w.tiles.first) {
                 copy_keys(a, w, p.value, &a.value_map, p.head_dim_v, shared.value(), &barriers.value_full);
             }
-            barriers.dout.wait_empty(dout_at);
-            copy_tile(a, w, p.dout, &a.dout_map, p.head_dim_v, i, shared.dout(dout_at.stage),
-                      &barriers.dout.full[dout_at.stage]);
+            copy_tile(a, w, p.dout, &a.dout_map, p.head_dim_v, i, shared.dout(dout_at.stage), barriers.dout, dout_at);
             query_at.advance();
             dout_at.advance();
         }

@@ -30,11 +30,16 @@ SEED_VARIABLE = "TRANSFORMER_FAST_TEST_SEED"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--fuzz", type=int, default=100, help="how many random problems the Triton kernels are given; 100 by default"
+        "--fuzz", type=int, default=100, help="how many random problems the GPU kernels are given; 100 by default"
     )
     parser.addoption(
         "--seed", help=f"seed of all random inputs (or ${SEED_VARIABLE}): a number, 0 by default, or 'fresh'"
     )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "problem_number" in metafunc.fixturenames:
+        metafunc.parametrize("problem_number", range(metafunc.config.getoption("--fuzz")))
 
 
 def pytest_configure(config: pytest.Config) -> None:

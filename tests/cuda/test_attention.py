@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from transformer_fast import UnsupportedError, attention, attention_varlen, backends, explain
+from transformer_fast.backends.cuda import _module
 from transformer_fast.testing import Case, Target, check, standard_cases
 
 EMULATED = Target("emulated")
@@ -66,33 +67,20 @@ def test_rows_that_are_not_aligned(capability: int) -> None:
 
 
 def test_deterministic_gradients_are_bit_identical(capability: int) -> None:
-    """Under every order in which blocks may run."""
-    from transformer_fast.backends.cuda import _module
-
+    """Under every order in which blocks may run, those of a bias that many rows share too."""
     emulator, _ = _module("_C_emulated")
-    leaves = [_normal(2, heads, 300, 64).requires_grad_() for heads in (2, 1, 1)]
-    runs = []
-    try:
-        for seed in range(3):
-            emulator.configure(seed, shuffle_blocks=False)
-            out = attention(*leaves, causal=True, deterministic=True, backend="emulated")
+    for bias in (None, torch.randn(1, 2, 1, 150), torch.randn(1, 1, 150, 1)):
+        seqlen = 300 if bias is None else 150
+        leaves = [_normal(2, heads, seqlen, 64).requires_grad_() for heads in (2, 1, 1)]
+        leaves += [] if bias is None else [bias.requires_grad_()]
+        options = dict(zip(("query", "key", "value", "bias"), leaves, strict=False))
+        runs = []
+        for seed in range(4):
+            emulator.configure(seed, shuffle_blocks=bias is not None and capability == 80)
+            out = attention(**options, causal=bias is None, deterministic=True, backend="emulated")
             runs.append(torch.autograd.grad(out, leaves, torch.ones_like(out)))
-    finally:
-        emulator.configure()
-    assert all(grad.any() for grad in runs[0])
-    assert all(torch.equal(*pair) for run in runs[1:] for pair in zip(runs[0], run, strict=True))
-
-
-def test_a_broadcast_bias_has_no_deterministic_gradient(capability: int) -> None:
-    x = _normal(2, 2, 20, 16).requires_grad_()
-    bias, options = torch.randn(1, 2, 20, 20), dict(deterministic=True, backend="emulated")
-    full = bias.expand(2, 2, 20, 20).contiguous()
-    attention(x, x, x, bias=bias, **options).sum().backward()  # a bias without gradient is no matter
-    attention(x, x, x, bias=full.requires_grad_(), **options).sum().backward()
-    assert full.grad is not None and full.grad.any()
-    out = attention(x, x, x, bias=bias.requires_grad_(), **options)
-    with pytest.raises(UnsupportedError, match=r"broadcast bias.*shape \(1, 2, 20, 20\).*\(2, 2, 20, 20\)"):
-        out.sum().backward()
+        assert all(grad.any() for grad in runs[0])
+        assert all(torch.equal(*pair) for run in runs[1:] for pair in zip(runs[0], run, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 0, 64), (0, 4, 1, 64)], ids=["rows", "batch"])

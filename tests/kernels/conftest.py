@@ -62,8 +62,3 @@ def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     _forget()
     yield request.param
     _forget()
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "problem_number" in metafunc.fixturenames:
-        metafunc.parametrize("problem_number", range(metafunc.config.getoption("--fuzz")))

@@ -89,13 +89,28 @@ def _workspace(sizes: tuple[int, int], device: torch.device) -> tuple[Tensor | N
     )
 
 
+def _dbias_shape(spec: AttentionSpec) -> tuple[int, ...]:
+    """What the kernels add to where a bias wants a gradient; () where there is no bias.
+
+    Blocks add in the order they happen to run in. Where that may not matter, each score gets a place of its own, as
+    large as all of them are, and PyTorch sums those that share an element of the bias.
+    """
+    bias = spec.layout("bias")
+    if bias is None:
+        return ()
+    if spec.options.deterministic:
+        return (spec.batch, spec.num_heads, spec.seqlen_q, spec.seqlen_k)
+    return tuple(bias.shape)
+
+
 def make_plan(module: Any, spec: AttentionSpec, machine: Sequence[int] | None = None) -> Any:
     """The native plan of a spec, everything but the pointers; for another ``machine`` than this where one is given."""
     query = spec.layout("query")
     assert query is not None
     _, out_stride = output_layout(query.shape, query.stride, spec.head_dim_v)
     given = [layout is not None for layout in spec.layouts]
-    return module.Plan(problem_fields(spec, out_stride), given, machine or _machine(module, spec.device))
+    fields = problem_fields(spec, out_stride, _dbias_shape(spec) or None)
+    return module.Plan(fields, given, machine or _machine(module, spec.device))
 
 
 class NativeRunner(Runner):
@@ -133,13 +148,14 @@ class NativeRunner(Runner):
         self, operands: Operands, results: Results, dout: Tensor, dlse: Tensor | None, *, dbias: bool, dsinks: bool
     ) -> Gradients:
         spec, bias, sinks = self.spec, operands.bias, operands.sinks
-        self._refuse_backward(bias if dbias else None)
+        if reason := self.plan.backward_refuses():
+            raise UnsupportedError(f"backend {self.name!r} cannot do the backward pass: {reason}")
         out, lse, stats, dout, dlse = backward_inputs(results, dout, dlse, self.out_stride, spec.dtype)
         delta = torch.empty_like(lse)
         dquery, dkey, dvalue = (torch.empty_like(t) for t in operands[:3])
         bias_grad = None
         if dbias and bias is not None:
-            bias_grad = torch.zeros(bias.shape, dtype=torch.float32, device=self.device)
+            bias_grad = torch.zeros(_dbias_shape(spec), dtype=torch.float32, device=self.device)
         zeroed, scratch = _workspace(self.backward_workspace, self.device)
         with _on(self.device):
             self.plan.backward(
@@ -150,21 +166,10 @@ class NativeRunner(Runner):
                 *map(_pointer, (zeroed, scratch)),
                 *self._place(),
             )
+        if bias is not None and bias_grad is not None:
+            bias_grad = bias_grad.sum_to_size(bias.shape).to(bias.dtype)
         sink_grad = sinks_gradient(sinks, lse, delta, packed=self.packed) if dsinks and sinks is not None else None
-        return Gradients(
-            dquery, dkey, dvalue, None if bias is None or bias_grad is None else bias_grad.to(bias.dtype), sink_grad
-        )
-
-    def _refuse_backward(self, bias: Tensor | None) -> None:
-        spec = self.spec
-        if reason := self.plan.backward_refuses():
-            raise UnsupportedError(f"backend {self.name!r} cannot do the backward pass: {reason}")
-        full = (spec.batch, spec.num_heads, spec.seqlen_q, spec.seqlen_k)
-        if bias is not None and spec.options.deterministic and tuple(bias.shape) != full:
-            raise UnsupportedError(
-                f"backend {self.name!r} sums the gradient of a broadcast bias in no fixed order: bias has shape "
-                f"{tuple(bias.shape)}; allowed with deterministic=True: {full}, or a bias without gradient"
-            )
+        return Gradients(dquery, dkey, dvalue, bias_grad, sink_grad)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -35,8 +35,10 @@ def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def problem_fields(spec: AttentionSpec, out_stride: tuple[int, ...]) -> dict[str, Any]:
-    """Every field by name. The gradient of a bias is float32 and contiguous in the bias's shape."""
+def problem_fields(
+    spec: AttentionSpec, out_stride: tuple[int, ...], dbias_shape: tuple[int, ...] | None = None
+) -> dict[str, Any]:
+    """Every field by name. The gradient of a bias is float32 and contiguous, in the bias's shape if not in another."""
     options, packed = spec.options, spec.is_packed
     left, right = masks.bounds(options.window_left, options.window_right)
     query, key, value, bias, slopes, sinks, key_mask, seqlens_k, block_table = map(
@@ -63,7 +65,7 @@ def problem_fields(spec: AttentionSpec, out_stride: tuple[int, ...]) -> dict[str
         "key_mask": (0, 0) if key_mask is None else tuple(key_mask.stride),
         "bias_dtype": 0 if bias is None else DTYPES[bias.dtype],
         "bias": (0, 0, 0, 0) if bias is None else broadcast_strides(bias.shape, bias.stride),
-        "dbias": (0, 0, 0, 0) if bias is None else _contiguous_strides(tuple(bias.shape)),
+        "dbias": (0, 0, 0, 0) if bias is None else _contiguous_strides(dbias_shape or tuple(bias.shape)),
         "alibi": (0, 0) if slopes is None else (0, *slopes.stride)[-2:],
         "sinks_dtype": 0 if sinks is None else DTYPES[sinks.dtype],
         "sinks_stride": 1 if sinks is None else sinks.stride[0],

@@ -144,10 +144,15 @@ E choice(const char* what, const std::string& name, std::initializer_list<const 
     throw py::value_error(std::string(what) + " is '" + name + "'; allowed: " + allowed);
 }
 
-void configure(uint64_t seed, bool shuffle_blocks, bool check_proxy, const std::string& warps, const std::string& lanes,
-               const std::string& landing) {
+void configure(uint64_t seed, bool shuffle_blocks, int blocks_at_once, bool check_proxy, const std::string& warps,
+               const std::string& lanes, const std::string& landing) {
     namespace e = tf::emulator;
+    if (blocks_at_once < 1 || blocks_at_once > e::kMostBlocksAtOnce) {
+        throw std::invalid_argument("blocks_at_once is " + std::to_string(blocks_at_once) + "; allowed: 1 to " +
+                                    std::to_string(e::kMostBlocksAtOnce));
+    }
     e::Settings settings;
+    settings.blocks_at_once = blocks_at_once;
     settings.seed = seed;
     settings.shuffle_blocks = shuffle_blocks;
     settings.check_proxy = check_proxy;
@@ -208,8 +213,8 @@ PYBIND11_MODULE(_C_cuda, m) {
 #endif
 #if defined(TF_EMULATED)
     m.def("configure", &configure, py::arg("seed") = 0, py::kw_only(), py::arg("shuffle_blocks") = false,
-          py::arg("check_proxy") = true, py::arg("warps") = "drawn", py::arg("lanes") = "drawn",
-          py::arg("landing") = "drawn", "For all launches to come.");
+          py::arg("blocks_at_once") = 1, py::arg("check_proxy") = true, py::arg("warps") = "drawn",
+          py::arg("lanes") = "drawn", py::arg("landing") = "drawn", "For all launches to come.");
     m.def("set_seed", [](uint64_t seed) {
         tf::emulator::Settings settings = tf::emulator::settings();
         settings.seed = seed;

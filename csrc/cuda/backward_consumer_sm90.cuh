@@ -41,9 +41,9 @@ struct BackwardConsumerSm90 {
         TF_DEVICE int warp_key() const { return first_key() + thread / 32 * 16; }
     };
 
+    // After a wait for products, to which all lanes come together.
     template <int kStages>
     static TF_DEVICE void release(RingBarriers<kStages>& barriers, RingPosition<kStages>& at) {
-        ptx::sync_warp();
         barriers.release(at);
         at.advance();
     }
@@ -218,7 +218,6 @@ struct BackwardConsumerSm90 {
         Fragments p, ds;
         begin_tile(a, w, shared, tile, me, scores, dq);
         if constexpr (!kModified) {
-            ptx::wgmma_fence();
             issue_scores(shared.value(), dout, me, dp);
             ptx::wgmma_wait<1>();
         } else {
@@ -247,7 +246,6 @@ struct BackwardConsumerSm90 {
         multiply<E, kSumColumns, kScoreRows>(dk, ds, ColumnOperand<kBlockM>(query), true);
         ptx::wgmma_commit();
         barriers.weights.wait_full(me.weights_at);
-        ptx::wgmma_fence();
         issue_dquery(shared, me, dq);
         end_tile(shared, me, dk, dv, dq);
     }
@@ -261,7 +259,6 @@ struct BackwardConsumerSm90 {
         Fragments p, ds;
         begin_tile(a, w, shared, tile, me, scores, dq);
         if constexpr (!kModified) {
-            ptx::wgmma_fence();
             issue_scores(shared.value(), dout, me, dp);
             ptx::wgmma_wait<1>();
         } else {

@@ -366,7 +366,6 @@ struct BackwardDkdvSm80 {
                 *reinterpret_cast<uint32_t*>(tile + chunk_offset<kBlockN>(own + row, e / 4) + 4 * t) = pair;
             }
         }
-        ptx::sync_warp();
         const int key = warp.key + ptx::lane() % kKeys;
         const E* const row = row_at<E>(operand, w.s.batch, w.kv_head, w.s.first_key + key);
         const RowAddresses<kKeys> addresses{{key < w.stored ? reinterpret_cast<uint64_t>(row) : 0}};

@@ -289,7 +289,6 @@ struct BackwardDqSm80 {
                 pair[ptx::lane() % 4] = ptx::pack<E>(sums[m][e] * p.softmax_scale, sums[m][e + 1] * p.softmax_scale);
             }
         }
-        ptx::sync_warp();
         store_rows_at<E, kBlockM, kHeadDim>(tile, warp.own, packed_addresses<E, kRows>(p.dquery, w.s, w.rows, warp.own),
                                             columns, in_chunks(a, columns));
     }

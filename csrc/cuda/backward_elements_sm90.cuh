@@ -124,7 +124,7 @@ TF_DEVICE void add_bias(const Problem& p, const DeviceSequence& s, const Element
     const int64_t along[2] = {min_of(at.key_at(0), last) * p.bias.key, min_of(at.key_at(2), last) * p.bias.key};
     TF_UNROLL
     for (int e = 0; e < N / 2; ++e) {
-        if (e % 8 == 0) ptx::sync_warp();  // more reads on their way at once would take more registers than there are
+        if (e % 8 == 0) ptx::hold_back();  // more reads on their way at once would take more registers than there are
         scores[e] = biased_score(scores[e], bias_value(bias[at.table.bias[at.row_at(e)] + along[row_of(e)]]));
     }
 }

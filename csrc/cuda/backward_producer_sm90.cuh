@@ -170,7 +170,7 @@ struct BackwardProducerSm90 {
                         ptx::add_release(turn, 1);
                     }
                 }
-                ptx::sync_warp();
+                ptx::sync_warp();  // whole warps come to a named barrier
             }
         }
     }

@@ -213,7 +213,6 @@ struct ForwardSm80 {
                 pair[lane % 4] = ptx::pack<E>(state.sums[m][e], state.sums[m][e + 1]);
             }
         }
-        ptx::sync_warp();
         const RowAddresses<kRows> addresses = packed_addresses<E, kRows>(p.out, s, rows, first);
         store_rows_at<E, kBlockM, kHeadDim>(tile, first, addresses, columns, in_chunks(a, columns));
     }
@@ -273,7 +272,6 @@ struct ForwardSm80 {
         const DeviceSequence& s = work.s;
         const PackedRows& rows = work.rows;
         const float factor = base2_factor(a, kModified);
-        ptx::cp_async_wait<0>();
         if (a.splits > 1 && empty) {
             const Parts splits = split_parts(a);
             for (int row = ptx::thread(); row < rows.count; row += kThreads) {
@@ -284,7 +282,6 @@ struct ForwardSm80 {
         } else if constexpr (kWarpsN > 1) {
             join_warps(a, s, rows, state, factor, shared);
         } else if (a.splits == 1) {
-            ptx::sync_warp();  // all lanes have waited for what they copied to this tile
             store_rows(a, s, rows, state, factor, shared);
         } else {
             store_split(a, s, rows, state);
@@ -311,7 +308,7 @@ struct ForwardSm80 {
 
         // Groups of copies: Q, then K and V of each block in turn. Always the same number, some of them empty.
         Keys keys(a, s, work.job.kv_head, range, blocks);
-        load_query(a, s, rows, warp_m, warp_n, shared);
+        if (blocks.first < blocks.stop) load_query(a, s, rows, warp_m, warp_n, shared);
         ptx::cp_async_commit();
         TF_UNROLL
         for (int i = 0; i < kStages; ++i) {

@@ -43,6 +43,8 @@ TF_DEVICE T shuffle(T value, int from_lane) {
 TF_DEVICE bool any(bool value) { return __any_sync(0xffffffffu, value); }
 TF_DEVICE bool all(bool value) { return __all_sync(0xffffffffu, value); }
 TF_DEVICE void sync_warp() { __syncwarp(); }
+// No synchronisation: keeps the compiler from moving reads across, for which it would want more registers.
+TF_DEVICE void hold_back() { __syncwarp(); }
 // True in one lane of a converged warp, always the same one.
 TF_DEVICE bool elect_one() {
     uint32_t chosen;

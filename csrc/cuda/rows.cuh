@@ -107,13 +107,14 @@ TF_DEVICE void load_rows_strided(char* tile, int thread, const E* rows, int firs
     }
 }
 
-// Writes the rows first.. of a tile to memory, by one warp; the first `columns` of each.
+// Writes the rows first.. of a tile, which lanes of the same warp have written, to memory; the first `columns` of each.
 template <class E, int kTileRows, int kColumns, int kRows>
 TF_DEVICE void store_rows_at(const char* tile, int first, const RowAddresses<kRows>& addresses, int columns,
                              bool chunks) {
     constexpr int kChunks = kColumns / 8, kStep = 32 / kChunks;
     static_assert(kRows <= 32, "one row a lane");
     const int chunk = ptx::lane() % kChunks, lane_row = ptx::lane() / kChunks;
+    ptx::sync_warp();
     TF_UNROLL
     for (int i = 0; i < kRows / kStep; ++i) {
         const int row = i * kStep + lane_row;

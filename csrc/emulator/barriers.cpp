@@ -191,4 +191,11 @@ int load_acquire(const int* address, Where where) {
     return value;
 }
 
+int atomic_add(int* address, int value) {
+    const int before = *address;
+    *address = before + value;
+    block().give_way(current_thread());
+    return before;
+}
+
 }  // namespace tf::emulator

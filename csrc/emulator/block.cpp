@@ -9,6 +9,9 @@ namespace {
 
 Identity nobody{-1, -1, -1, -1, 0, 0};
 
+// What shared memory is full of in the beginning: NaN in every floating type; as integers -1, or very large.
+constexpr uint16_t kPoisons[] = {0xffff, 0x7fff};
+
 // Rounds in which every warp that can run only polls, and polls what it polled before.
 constexpr int kIdleRounds = 10000;
 
@@ -57,17 +60,18 @@ void Block::draw_schedule(int index) {
     pauses_ = settings_.arrival == Arrival::drawn ? pauses : settings_.arrival == Arrival::pauses;
 }
 
-void Block::begin_block(int index) {
+void Block::begin(int index) {
     index_ = index;
     draw_schedule(index);
-    memory_.begin_block();
+    memory_.begin_block(kPoisons[random_.below(2)]);
     mbarriers_.begin_block();
     loads_.begin_block();
     bulk_writes_.begin_block();
     std::fill(barriers_, barriers_ + kNamedBarriers, NamedBarrier{});
     for (int i = 0; i < num_warps() / 4; ++i) warpgroup(i).begin_block();
     fencing_ = nullptr;
-    progress_ = last_progress_ = 0;
+    given_way_ = false;
+    last_progress_ = progress_;
     idle_rounds_ = 0;
     error_ = nullptr;
     unfinished_ = shape_.threads;
@@ -92,15 +96,14 @@ void Block::begin_block(int index) {
             thread.polled = nullptr;
             thread.copies.begin_block();
             warp.lanes[thread.lane] = warp.at_position[position] = &thread;
-            prepare_fiber(thread.fiber, thread.thread, thread_entry);
+            prepare_fiber(thread.fiber, place_ * shape_.threads + thread.thread, thread_entry);
         }
     }
 }
 
-void Block::run(int index) {
-    begin_block(index);
+bool Block::step() {
     running = this;
-    while (unfinished_ > 0) {
+    if (unfinished_ > 0) {
         Warp* warp = choose_warp();
         if (warp != nullptr) {
             run_warp(*warp);
@@ -108,7 +111,9 @@ void Block::run(int index) {
             run_without_warps();
         }
     }
+    if (unfinished_ > 0) return true;
     end_block();
+    return false;
 }
 
 void Block::end_block() {
@@ -133,7 +138,14 @@ Warp* Block::choose_warp() {
         led |= (lanes & 1u) << w;
     }
     if (ready == 0) return nullptr;
-    if (lane_order_ == LaneOrder::leader_first && led != 0) ready = led;
+    if (lane_order_ == LaneOrder::leader_first) {
+        // All leaders first, and the rest of one warp last: what its leader gave free, its other lanes still need.
+        if (led != 0) {
+            ready = led;
+        } else if (ready != 1u << starved_warp_) {
+            ready &= ~(1u << starved_warp_);
+        }
+    }
     int chosen = 0;
     switch (warp_order_) {
         case WarpOrder::highest_first:
@@ -192,6 +204,13 @@ bool Block::pause(Warp& warp) {
     warp.paused = ~0u;
     warp.paused_at = ++pauses_so_far_;
     return false;
+}
+
+void Block::give_way(Thread& self) {
+    if (!pauses_ || settings_.blocks_at_once == 1) return;
+    given_way_ = true;
+    wake(self);
+    switch_fiber(self.fiber, scheduler_);
 }
 
 // The warp that has paused for longest, so that each comes to its next arrival before any is beyond that.

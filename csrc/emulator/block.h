@@ -4,6 +4,7 @@
 #include <exception>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "emulator/async_copy.h"
@@ -67,8 +68,12 @@ class Block {
   public:
     static constexpr int kMaxThreads = 1024, kNamedBarriers = 16;
 
+    // `place`: its number among those that run at the same time.
+    explicit Block(int place) : place_(place) {}
+
     void begin_launch(const LaunchShape&, const std::function<void(char*)>& body);
-    void run(int index);  // one block of the grid, from its start to its end
+    void begin(int index);  // a block of the grid
+    bool step();            // a warp goes as far as it can; false once all threads have returned
 
     const LaunchShape& shape() const { return shape_; }
     int num_warps() const { return shape_.threads / 32; }
@@ -88,6 +93,9 @@ class Block {
     // After an arrival, where this block does so: stop until no other warp can run.
     void pause(Thread&);
     bool pause(Warp&);  // all lanes of a collective; false if they do not go on
+    // After telling other blocks something, where this block does so: they go on, and nothing of this block does.
+    void give_way(Thread&);
+    bool has_given_way() { return std::exchange(given_way_, false); }
     void wake(Thread& thread) { thread.warp->ready |= 1u << thread.position; }
     void wake(Warp&);  // all of its lanes that have not returned
     void wake_warps(uint32_t mask);
@@ -112,7 +120,6 @@ class Block {
     void enter_thread();  // what a fiber begins with
 
   private:
-    void begin_block(int index);
     void draw_schedule(int index);
     Warp* choose_warp();
     void run_warp(Warp&);
@@ -127,6 +134,7 @@ class Block {
     [[noreturn]] void throw_error(const Thread*, Operation, Where, const std::string& what) const;
     std::string schedule() const;
 
+    const int place_;
     LaunchShape shape_;
     const std::function<void(char*)>* body_ = nullptr;
     Settings settings_;
@@ -142,12 +150,13 @@ class Block {
     NamedBarrier barriers_[kNamedBarriers];
 
     int index_ = 0, unfinished_ = 0;
-    bool late_ = false, pauses_ = false;
+    bool late_ = false, pauses_ = false, given_way_ = false;
     WarpOrder warp_order_ = WarpOrder::lowest_first;
     LaneOrder lane_order_ = LaneOrder::ascending;
     int starved_warp_ = -1, elected_lane_ = 0;
-    const Warp* fencing_ = nullptr;  // its fence has not been carried out yet
-    uint64_t progress_ = 0, last_progress_ = 0, pauses_so_far_ = 0;
+    const Warp* fencing_ = nullptr;        // its fence has not been carried out yet
+    static inline uint64_t progress_ = 0;  // of all blocks: one may wait for another
+    uint64_t last_progress_ = 0, pauses_so_far_ = 0;
     int idle_rounds_ = 0;
     std::exception_ptr error_;
 };

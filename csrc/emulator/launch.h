@@ -1,9 +1,9 @@
 // Runs a CUDA kernel on a CPU, to find out whether it is right under every order of its threads and copies.
 //
-// Blocks run one after the other, the threads of a block as fibers of the calling thread. A warp runs until all of its
-// lanes wait or have returned: an order drawn at random finds almost no missing barrier, this greedy one nearly all.
-// Which warp goes on, in which order its lanes do, and whether copies land at once or as late as they may is drawn from
-// the seed for each block. Run a kernel with several seeds.
+// Blocks run one after the other, or a few at a time, in turns; their threads are fibers of the calling thread. A warp
+// runs until all of its lanes wait or have returned: an order drawn at random finds almost no missing barrier, this
+// greedy one nearly all. Which warp goes on, in which order its lanes do, and whether copies land at once or as late as
+// they may is drawn from the seed for each block. Run a kernel with several seeds.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +24,8 @@ struct LaunchShape {
     int shared_bytes = 0;
 };
 
+constexpr int kMostBlocksAtOnce = 8;
+
 enum class WarpOrder { drawn, lowest_first, highest_first, random, starve_one };
 // Lanes of a warp run in this order before another warp does. leader_first: lane 0 and the other warps' lanes 0 run as
 // far as they can before the rest, which finds what one lane says of its warp too early.
@@ -40,6 +42,8 @@ struct Settings {
     uint64_t seed = 0;
     // Blocks in an order drawn from the seed. Otherwise ascending, since a kernel may wait for a block before its own.
     bool shuffle_blocks = false;
+    // How many blocks run at the same time, from 1 to kMostBlocksAtOnce.
+    int blocks_at_once = 1;
     // Whether plain writes of shared memory must be fenced before TMA and wgmma read them.
     bool check_proxy = true;
     WarpOrder warps = WarpOrder::drawn;

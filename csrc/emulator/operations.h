@@ -18,6 +18,7 @@ void fence_mbarrier_init(Where);
 void mbarrier_arrive(Operation, uint64_t* barrier, int bytes, Where);
 void mbarrier_wait(uint64_t* barrier, uint32_t parity, Where);
 int load_acquire(const int* address, Where);
+int atomic_add(int* address, int value);  // by which blocks tell each other something
 
 // collectives.cpp
 uint64_t shuffle(Operation, uint64_t bits, int argument, Where);

@@ -65,6 +65,7 @@ T shuffle(T value, int from_lane, Where where = Where::here()) {
 inline bool any(bool value, Where where = Where::here()) { return emulator::vote(Operation::any, value, where); }
 inline bool all(bool value, Where where = Where::here()) { return emulator::vote(Operation::all, value, where); }
 inline void sync_warp(Where where = Where::here()) { emulator::converge(Operation::sync_warp, where); }
+inline void hold_back() {}
 inline bool elect_one(Where where = Where::here()) { return emulator::elect_one(where); }
 
 // ------------------------------------------------------------------------------------------ a block together
@@ -108,22 +109,18 @@ inline uint32_t multiply_high(uint32_t a, uint32_t b) {
 
 // ------------------------------------------------------------------------------------------ global memory
 
-// One block runs at a time, and one thread of it, in one thread of the CPU: plain additions are atomic.
+// One thread runs at a time: plain additions are atomic.
 inline float atomic_add(float* address, float value) {
     const float before = *address;
     *address = before + value;
     return before;
 }
-inline int atomic_add(int* address, int value) {
-    const int before = *address;
-    *address = before + value;
-    return before;
-}
+inline int atomic_add(int* address, int value) { return emulator::atomic_add(address, value); }
 inline void fence_device() {}
 inline int load_acquire(const int* address, Where where = Where::here()) {
     return emulator::load_acquire(address, where);
 }
-inline void add_release(int* address, int value) { *address += value; }
+inline void add_release(int* address, int value) { emulator::atomic_add(address, value); }
 
 // ------------------------------------------------------------------------------------------ sm_80: cp.async
 

@@ -13,8 +13,12 @@ namespace tf::emulator {
 namespace {
 
 constexpr int kGuardBytes = 4096;
-// NaN in every type, also in the guards: what is read beyond the end shows in the results.
+// NaN in every type: what is read beyond the end shows in the results.
 constexpr int kPoison = 0xff;
+
+void fill(char* target, int bytes, uint16_t poison) {
+    for (int i = 0; i < bytes; ++i) target[i] = static_cast<char>(poison >> (i % 2 * 8));
+}
 
 }  // namespace
 
@@ -41,8 +45,9 @@ void SharedMemory::allocate(int bytes) {
 #endif
 }
 
-void SharedMemory::begin_block() {
-    std::memset(data_, kPoison, static_cast<size_t>(bytes_));
+void SharedMemory::begin_block(uint16_t poison) {
+    poison_ = poison;
+    fill(data_, bytes_, poison);
     has_image_ = false;
 }
 
@@ -61,7 +66,8 @@ int64_t SharedMemory::find_overrun() const {
 void SharedMemory::begin_image() {
     if (has_image_) return;
     has_image_ = true;
-    image_.assign(static_cast<size_t>(bytes_), static_cast<char>(kPoison));
+    image_.resize(static_cast<size_t>(bytes_));
+    fill(image_.data(), bytes_, poison_);
 }
 
 void SharedMemory::publish() {

@@ -18,7 +18,7 @@ class SharedMemory {
     ~SharedMemory();
 
     void allocate(int bytes);
-    void begin_block();  // all NaN
+    void begin_block(uint16_t poison);  // all of it: NaN in every type
     // The distance from the first byte at which something was written outside, 0 when nothing was.
     int64_t find_overrun() const;
 
@@ -50,6 +50,7 @@ class SharedMemory {
 
     std::vector<char> memory_;
     std::vector<char> image_;
+    uint16_t poison_ = 0;
     bool has_image_ = false;  // in this block: a kernel without TMA and wgmma needs none
     char* data_ = nullptr;
     int bytes_ = 0;

@@ -182,7 +182,6 @@ struct BackwardConsumerSm90 {
                                      Scores& scores, Dquery& dq) {
         shared.barriers().query.wait_full(me.query_at);
         clean_rows(a, w, shared, me, tile);
-        ptx::wgmma_fence();
         issue_scores(shared.key(), shared.query(me.query_at.stage), me, scores);
         ptx::wgmma_wait<1>();  // dQ is there for long; ptxas wants to hear it here
         ptx::wgmma_pin(dq);
@@ -225,14 +224,12 @@ struct BackwardConsumerSm90 {
         }
         ptx::wgmma_pin(scores);
         probabilities(a, w, shared, tile, me, scores, p);
-        ptx::wgmma_fence();
         multiply<E, kSumColumns, kScoreRows>(dv, p, ColumnOperand<kBlockM>(dout), true);
         ptx::wgmma_commit();
         if constexpr (!kModified) {
             ptx::wgmma_wait<1>();
         } else {
             if constexpr (kHeadDim == 64) ptx::wgmma_wait<0>();
-            ptx::wgmma_fence();
             issue_scores(shared.value(), dout, me, dp);
             ptx::wgmma_wait<0>();
             ptx::wgmma_pin(dv);
@@ -242,7 +239,6 @@ struct BackwardConsumerSm90 {
         barriers.weights.wait_empty(me.weights_at);
         write_weights(shared.ds(), me, ds);
         weights_written(barriers);
-        ptx::wgmma_fence();
         multiply<E, kSumColumns, kScoreRows>(dk, ds, ColumnOperand<kBlockM>(query), true);
         ptx::wgmma_commit();
         barriers.weights.wait_full(me.weights_at);
@@ -267,7 +263,6 @@ struct BackwardConsumerSm90 {
         ptx::wgmma_pin(scores);
         probabilities(a, w, shared, tile, me, scores, p);
         if constexpr (kModified) {
-            ptx::wgmma_fence();
             issue_scores(shared.value(), dout, me, dp);
         }
         ptx::wgmma_wait<0>();
@@ -278,7 +273,6 @@ struct BackwardConsumerSm90 {
         write_weights(shared.ds(), me, ds);
         weights_written(barriers);
         barriers.weights.wait_full(me.weights_at);
-        ptx::wgmma_fence();
         multiply<E, kSumColumns, kBlockM>(dv, RowOperand<kBlockN>(shared.p()), ColumnOperand<kBlockM>(dout + columns),
                                           true);
         ptx::wgmma_commit();

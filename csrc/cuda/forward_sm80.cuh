@@ -308,7 +308,12 @@ struct ForwardSm80 {
 
         // Groups of copies: Q, then K and V of each block in turn. Always the same number, some of them empty.
         Keys keys(a, s, work.job.kv_head, range, blocks);
-        if (blocks.first < blocks.stop) load_query(a, s, rows, warp_m, warp_n, shared);
+        if (blocks.first >= blocks.stop) {  // before there are copies to wait for
+            State none(LaneRow(s, rows, warp_m * kRows + ptx::lane() % kRows));
+            finish(a, none, true, shared);
+            return;
+        }
+        load_query(a, s, rows, warp_m, warp_n, shared);
         ptx::cp_async_commit();
         TF_UNROLL
         for (int i = 0; i < kStages; ++i) {
@@ -367,7 +372,7 @@ struct ForwardSm80 {
             multiply_values(state, value_base + stage_offset, weights, bias);
             stage = stage + 1 == kStages ? 0 : stage + 1;
         }
-        finish(a, state, blocks.first >= blocks.stop, shared);
+        finish(a, state, false, shared);
     }
 };
 

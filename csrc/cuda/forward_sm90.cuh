@@ -117,7 +117,6 @@ struct ForwardConsumerSm90 {
         barriers.key.wait_full(me.key_at);
         barriers.value.wait_full(value_at);
         wait_for_turn(me);
-        ptx::wgmma_fence();
         issue_scores(shared, me, me.key_at.stage, s);
         issue_sums(shared, value_at.stage, sums);
         pass_turn(me.number);
@@ -154,7 +153,6 @@ struct ForwardConsumerSm90 {
         {
             float s[kBlockN / 2], shrink[2];
             barriers.key.wait_full(me.key_at);
-            ptx::wgmma_fence();
             issue_scores(shared, me, me.key_at.stage, s);
             ptx::wgmma_wait<0>();
             ptx::wgmma_pin(s);
@@ -177,7 +175,6 @@ struct ForwardConsumerSm90 {
         if (ptx::lane() == 0) ptx::mbarrier_arrive(&barriers.query_empty[me.number]);
         const RingPosition<kStages> value_at = me.key_at.previous();
         barriers.value.wait_full(value_at);
-        ptx::wgmma_fence();
         issue_sums(shared, value_at.stage, sums);
         ptx::wgmma_wait<0>();
         ptx::wgmma_pin(sums.o);

@@ -31,10 +31,11 @@ using RowOperand = TileOperand<kTileRows, false>;
 template <int kTileRows>
 using ColumnOperand = TileOperand<kTileRows, true>;
 
-// d (64 x N) = a b, or d += a b, over kSum entries; asynchronous: between wgmma_fence and wgmma_commit.
+// d (64 x N) = a b, or d += a b, over kSum entries; asynchronous, and to be followed by wgmma_commit.
 template <class E, int N, int kSum, int kRowsA, bool kTransposedA, int kRowsB, bool kTransposedB>
 TF_DEVICE void multiply(float (&d)[N / 2], const TileOperand<kRowsA, kTransposedA>& a,
                         const TileOperand<kRowsB, kTransposedB>& b, bool accumulate) {
+    ptx::wgmma_fence();
     TF_UNROLL
     for (int k = 0; k < kSum / 16; ++k) {
         ptx::wgmma<E, N, kTransposedA, kTransposedB>(d, a.step(k), b.step(k), accumulate || k > 0);
@@ -44,6 +45,7 @@ TF_DEVICE void multiply(float (&d)[N / 2], const TileOperand<kRowsA, kTransposed
 template <class E, int N, int kSum, int kRowsB, bool kTransposedB>
 TF_DEVICE void multiply(float (&d)[N / 2], const uint32_t (&a)[kSum / 16][4],
                         const TileOperand<kRowsB, kTransposedB>& b, bool accumulate) {
+    ptx::wgmma_fence();
     TF_UNROLL
     for (int k = 0; k < kSum / 16; ++k) ptx::wgmma<E, N, kTransposedB>(d, a[k], b.step(k), accumulate || k > 0);
 }

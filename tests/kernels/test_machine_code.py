@@ -50,6 +50,33 @@ kernel:
 """
 
 
+TABLE = """
+	.section	.text.kernel,"ax",@progbits
+.text.kernel:
+        /*0000*/                   ULDC.64 UR4, c[0x2][0x0] ;
+        /*0010*/                   BRXU UR4 -0x20                     (*"BRANCH_TARGETS .L_x_1,.L_x_2"*);
+.L_x_3:
+        /*0020*/                   EXIT ;
+.L_x_1:
+        /*0030*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R2 ;
+        /*0040*/                   UTMALDG.4D [UR8], [UR14] ;
+        /*0050*/               @P1 BRA `(.L_x_1) ;
+        /*0060*/                   EXIT ;
+.L_x_2:
+        /*0070*/                   HMMA.16816.F32 R4, R8, R10, R4 ;
+        /*0080*/               @P1 BRA `(.L_x_2) ;
+        /*0090*/                   BRA `(.L_x_3) ;
+"""
+
+
+def test_a_branch_by_a_table_leads_to_all_of_its_targets() -> None:
+    blocks = parse_sass(TABLE, "kernel")
+    labels = [blocks[n].label for n in blocks[0].successors]
+    assert labels == [".L_x_1", ".L_x_2"]
+    loops = natural_loops(blocks)
+    assert len(producer_loops(loops)) == len(inner_loops(loops)) == 1
+
+
 def test_loops_are_those_that_turn() -> None:
     loops = natural_loops(parse_sass(SASS, "kernel"))
     heads = [loop.graph[loop.head].label for loop in loops]

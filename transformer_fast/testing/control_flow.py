@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 _LABEL = re.compile(r"^(\.L\w+|\.text\.\S+):$")
 _INSTRUCTION = re.compile(r"^/\*[0-9a-f]+\*/\s+(?:(@!?U?P[T\d]+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 _TARGET = re.compile(r"`\((\.L\w+)\)")
+_TABLE = re.compile(r"BRANCH_TARGETS ([\w.,]+)")  # what nvdisasm adds to a branch through a register
 _UNIFORM_CONDITION = re.compile(r"^!?U?P\d|^~?UR\d")
-_BRANCHES = ("BRA", "BRX", "JMP", "JMX")
+_TABLE_BRANCHES = ("BRX", "BRXU", "JMX", "JMXU")
+_BRANCHES = ("BRA", "JMP", *_TABLE_BRANCHES)
 _ENDS = ("EXIT", "RET")
 
 
@@ -32,6 +34,9 @@ class Instruction:
 
     @property
     def targets(self) -> list[str]:
+        if self.name in _TABLE_BRANCHES:
+            table = _TABLE.search(self.operands)
+            return table[1].split(",") if table else []
         return _TARGET.findall(self.operands) if self.name in _BRANCHES else []
 
     @property
@@ -39,7 +44,9 @@ class Instruction:
         """Whether the next instruction may follow."""
         if self.name not in _BRANCHES + _ENDS:
             return True
-        return self.guard is not None or _UNIFORM_CONDITION.match(self.operands) is not None
+        if self.guard is not None:
+            return True
+        return self.name not in _TABLE_BRANCHES and _UNIFORM_CONDITION.match(self.operands) is not None
 
 
 @dataclass

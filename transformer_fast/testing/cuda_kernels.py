@@ -18,9 +18,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from transformer_fast.testing.cuda_objects import read_object
+from transformer_fast.testing.cuda_objects import Promise, read_object
 from transformer_fast.testing.kernel_gate import Kernel, UnavailableError
-from transformer_fast.testing.machine_code import find_tool
+from transformer_fast.testing.machine_code import LIMITS, find_tool
 from transformer_fast.testing.pool import Progress, in_processes
 
 #: Compute capabilities, and how csrc/cuda/instances.py names the machine code for them.
@@ -184,8 +184,14 @@ def _read(job: Job) -> dict[str, Any]:
         "code": code,
         "tile": (promise.block_m, promise.block_n),
         "num_warps": promise.threads // 32,
-        "promised_ctas": promise.min_blocks,
+        "promised_ctas": _promised_ctas(promise, job.capability),
     }
+
+
+def _promised_ctas(promise: Promise, capability: int) -> int:
+    """What a kernel's registers are limited for; its tiles fill the shared memory of 9.0, of which others have less."""
+    room = LIMITS[capability].shared_kib * 1024 // (promise.shared + 1024)
+    return promise.min_blocks if capability == 90 else min(promise.min_blocks, room)
 
 
 def compile_kernels(

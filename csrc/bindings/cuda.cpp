@@ -39,7 +39,7 @@ class Plan {
         tf::bindings::set_results(p, out, lse, stats);
         const tf::cuda::Call call = call_of(operands, zeroed, scratch, false, stream);
         py::gil_scoped_release release;
-        const tf::cuda::OnDevice on_device(device);
+        tf::cuda::make_current(device);
         plan_.forward(p, call);
     }
 
@@ -54,7 +54,7 @@ class Plan {
                                     dkey_strides, dvalue_strides);
         const tf::cuda::Call call = call_of(operands, zeroed, scratch, deterministic, stream);
         py::gil_scoped_release release;
-        const tf::cuda::OnDevice on_device(device);
+        tf::cuda::make_current(device);
         plan_.backward(p, call);
     }
 
@@ -158,7 +158,8 @@ void configure(uint64_t seed, bool shuffle_blocks, int blocks_at_once, bool chec
     settings.check_proxy = check_proxy;
     settings.warps =
         choice<e::WarpOrder>("warps", warps, {"drawn", "lowest_first", "highest_first", "random", "starve_one"});
-    settings.lanes = choice<e::LaneOrder>("lanes", lanes, {"drawn", "ascending", "descending", "random"});
+    settings.lanes =
+        choice<e::LaneOrder>("lanes", lanes, {"drawn", "ascending", "descending", "random", "leader_first"});
     settings.landing = choice<e::Landing>("landing", landing, {"drawn", "late", "early"});
     e::set(settings);
 }

@@ -136,8 +136,7 @@ struct BackwardDkdvSm80 {
             const PackedRows rows = tile_rows(a, w, number);
             write_modified_row(a, w.s, t, row, rows.head(row), rows.position(row), in_range(w, number, row), numbers);
         } else {
-            t.shift[Table::place(row)] = numbers.top * base2_factor(a, false) + numbers.log2_sum;
-            t.delta[Table::place(row)] = numbers.delta;
+            t.write(row, numbers);
         }
     }
     static TF_DEVICE void keep_spans(const Arguments& a, const Work& w, char* shared) {
@@ -203,7 +202,7 @@ struct BackwardDkdvSm80 {
                 TF_UNROLL
                 for (int i = 0; i < 2; ++i) {
                     const int r = at.row_at(e + i);
-                    p[i] = probability<true>(scores[e + i], at.table.top[r], at.table.log2_sum[r], kLog2E);
+                    p[i] = probability(scores[e + i], at.table.top[r], at.table.log2_sum[r], kLog2E);
                     weight[i] = p[i];
                     if (softcap && p[i] != 0.0f) {  // the slope of what is hidden may be NaN
                         weight[i] *= i == 0 ? low_of<Float16>(slopes[e / 2]) : high_of<Float16>(slopes[e / 2]);

@@ -26,13 +26,12 @@ struct BackwardDqSm80 {
     static constexpr int kKeys = kBlockN / kWarpsN;                   // of a block, for a warp
 
     // What is known of the rows of the tile.
-    struct PlainTable {  // shift = top * factor + log2_sum
-        float shift[kBlockM], delta[kBlockM];
+    struct PlainTable {
+        float top[kBlockM], log2_sum[kBlockM], delta[kBlockM];
         int position[kBlockM];
     };
-    struct ModifiedTable {
-        float top[kBlockM], log2_sum[kBlockM], delta[kBlockM];
-        int position[kBlockM], head[kBlockM];
+    struct ModifiedTable : PlainTable {
+        int head[kBlockM];
     };
     using Table = std::conditional_t<kModified, ModifiedTable, PlainTable>;
 
@@ -102,15 +101,11 @@ struct BackwardDqSm80 {
         if (row >= kBlockM) return;
         const int head = w.rows.head(row), position = w.rows.position(row);
         const RowNumbers numbers = read_row_numbers(a, w.s, head, position, w.rows.has(row));
+        rows.top[row] = numbers.top;
+        rows.log2_sum[row] = numbers.log2_sum;
         rows.delta[row] = numbers.delta;
         rows.position[row] = position;
-        if constexpr (kModified) {
-            rows.top[row] = numbers.top;
-            rows.log2_sum[row] = numbers.log2_sum;
-            rows.head[row] = head;
-        } else {
-            rows.shift[row] = numbers.top * base2_factor(a, false) + numbers.log2_sum;
-        }
+        if constexpr (kModified) rows.head[row] = head;
     }
 
     static TF_DEVICE void load_block(const Arguments& a, const Work& w, const Operand& operand, int64_t columns,
@@ -127,8 +122,9 @@ struct BackwardDqSm80 {
     static TF_DEVICE void plain_gradient(const Arguments& a, const Work& w, const Table& rows, int row, int n,
                                          bool masked, float (&scores)[kChunk / 2], float (&dp)[kChunk / 2]) {
         const float factor = base2_factor(a, false);
-        const float shift[2] = {rows.shift[row], rows.shift[row + 8]},
-                    delta[2] = {rows.delta[row], rows.delta[row + 8]};
+        const float top[2] = {rows.top[row], rows.top[row + 8]};
+        const float log2_sum[2] = {rows.log2_sum[row], rows.log2_sum[row + 8]};
+        const float delta[2] = {rows.delta[row], rows.delta[row + 8]};
         if (masked) {
             ThreadRows limits{};
             TF_UNROLL
@@ -139,7 +135,9 @@ struct BackwardDqSm80 {
             mask_scores<kChunk>(limits, n, scores);
         }
         TF_UNROLL
-        for (int e = 0; e < kChunk / 2; ++e) scores[e] = ptx::exp2(scores[e] * factor - shift[row_of(e)]);
+        for (int e = 0; e < kChunk / 2; ++e) {
+            scores[e] = probability(scores[e], top[row_of(e)], log2_sum[row_of(e)], factor);
+        }
         if (masked) {  // what a row does not see may be NaN
             TF_UNROLL
             for (int e = 0; e < kChunk / 2; ++e) dp[e] = scores[e] == 0.0f ? 0.0f : dp[e];
@@ -181,7 +179,7 @@ struct BackwardDqSm80 {
         TF_UNROLL
         for (int e = 0; e < kChunk / 2; ++e) {
             const int r = row + 8 * row_of(e);
-            const float weight = probability<true>(scores[e], rows.top[r], rows.log2_sum[r], kLog2E);
+            const float weight = probability(scores[e], rows.top[r], rows.log2_sum[r], kLog2E);
             scores[e] = weight == 0.0f ? 0.0f : weight * dp[e];  // what a row does not see may be NaN
         }
         if (p.dbias != nullptr) add_to_dbias(p, w, at, n, scores);

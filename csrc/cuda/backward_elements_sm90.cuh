@@ -11,11 +11,16 @@ struct alignas(16) Four {
     float x[4];
 };
 
-// What the rows of a tile bring along where scores are raw products: shift = top * factor + log2_sum, and delta. Of 16
-// rows a thread needs four (2t, 2t + 1, 8 + 2t, 8 + 2t + 1), which lie together.
+// What the rows of a tile bring along where scores are raw products. Of 16 rows a thread needs four (2t, 2t + 1, 8 +
+// 2t, 8 + 2t + 1), which lie together.
 template <int kRows>
 struct alignas(16) PlainRows {
-    float shift[kRows], delta[kRows];
+    float top[kRows], log2_sum[kRows], delta[kRows];
+
+    TF_DEVICE void write(int row, const RowNumbers& numbers) {
+        const int at = place(row);
+        top[at] = numbers.top, log2_sum[at] = numbers.log2_sum, delta[at] = numbers.delta;
+    }
 
     static TF_DEVICE int place(int row) { return row / 16 * 16 + row % 8 / 2 * 4 + row / 8 % 2 * 2 + row % 2; }
     static TF_DEVICE Four read(const float* numbers, int sixteen) {
@@ -65,9 +70,12 @@ template <int N, int kRows>
 TF_DEVICE void plain_probabilities(const PlainRows<kRows>& table, int row, float factor, float (&scores)[N / 2]) {
     TF_UNROLL
     for (int i = 0; i < N / 16; ++i) {
-        const Four shift = PlainRows<kRows>::read(table.shift, row / 16 + i);
+        const Four top = PlainRows<kRows>::read(table.top, row / 16 + i);
+        const Four log2_sum = PlainRows<kRows>::read(table.log2_sum, row / 16 + i);
         TF_UNROLL
-        for (int e = 8 * i; e < 8 * i + 8; ++e) scores[e] = ptx::exp2(scores[e] * factor - shift.x[four_of(e)]);
+        for (int e = 8 * i; e < 8 * i + 8; ++e) {
+            scores[e] = probability(scores[e], top.x[four_of(e)], log2_sum.x[four_of(e)], factor);
+        }
     }
 }
 
@@ -208,7 +216,7 @@ TF_DEVICE KeptBits<N> modified_probabilities(const Arguments& a, const DeviceSeq
     TF_UNROLL
     for (int e = 0; e < N / 2; ++e) {
         const int row = at.row_at(e);
-        scores[e] = ptx::exp2((scores[e] - at.table.top[row]) * kLog2E - at.table.log2_sum[row]);
+        scores[e] = probability(scores[e], at.table.top[row], at.table.log2_sum[row], kLog2E);
     }
     KeptBits<N> kept{};
     if (a.seed != nullptr) {

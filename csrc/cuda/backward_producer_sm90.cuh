@@ -128,22 +128,15 @@ struct BackwardProducerSm90 {
     // Numbers are on their way while the consumers still have those of the tile before the last: `table()` waits.
     template <class Table>
     static TF_DEVICE void write_plain_rows(const Arguments& a, const Work& w, const PackedRows& rows, Table&& table) {
-        const float factor = base2_factor(a, false);
-        float shift[kBlockM / 32], delta[kBlockM / 32];
+        RowNumbers numbers[kBlockM / 32];
         TF_UNROLL
         for (int k = 0; k < kBlockM / 32; ++k) {
             const int row = 32 * k + ptx::lane();
-            const RowNumbers numbers = read_row_numbers(a, w.s, rows.head(row), rows.position(row), rows.has(row));
-            shift[k] = numbers.top * factor + numbers.log2_sum;
-            delta[k] = numbers.delta;
+            numbers[k] = read_row_numbers(a, w.s, rows.head(row), rows.position(row), rows.has(row));
         }
         Rows& target = table();
         TF_UNROLL
-        for (int k = 0; k < kBlockM / 32; ++k) {
-            const int place = Rows::place(32 * k + ptx::lane());
-            target.shift[place] = shift[k];
-            target.delta[place] = delta[k];
-        }
+        for (int k = 0; k < kBlockM / 32; ++k) target.write(32 * k + ptx::lane(), numbers[k]);
     }
 
     // Adds the pieces of one consumer's dQ. In turns, blocks of keys come one after the other: those that see a tile
@@ -179,6 +172,7 @@ struct BackwardProducerSm90 {
         const int before = w.job.tile - static_cast<int>(keys.begin) / kBlockN;
         while (ptx::load_acquire(turn) != before) {
         }
+        ptx::fence_async_proxy_global();
     }
 };
 

@@ -35,7 +35,7 @@ struct alignas(16) Vector16 {  // 16 bytes: what one load, store or cp.async mov
 // A TMA descriptor: CUtensorMap to the driver (whose alignment CUDA 13 has raised from 64 to 128), the emulator's own
 // fields on a CPU. Opaque to kernels.
 struct alignas(128) TensorMap {
-    uint64_t opaque[16];
+    uint64_t opaque[16] = {};
 };
 
 // The geometry of a TMA descriptor, from the fastest dimension on. Strides are in bytes, of dimensions 1 and up, and

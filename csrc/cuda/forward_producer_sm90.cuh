@@ -24,9 +24,10 @@ struct ForwardProducerSm90 {
         Barriers& barriers = shared.barriers();
         const Problem& p = a.problem;
         const int count = job_count(a), box_rows = key_box_rows(p, kBlockN);
-        const bool query_boxes = packed_rows_are_boxes(p, p.query, 64);
+        const bool query_boxes = p.query.data != nullptr && packed_rows_are_boxes(p, p.query, 64);
         RingPosition<kStages> key_at, value_at;
-        if (p.key.data != nullptr) ptx::prefetch_tensor_map(&a.key_map);  // null where there are no keys at all
+        // There is no map of what has no elements.
+        if (p.key.data != nullptr) ptx::prefetch_tensor_map(&a.key_map);
         if (p.value.data != nullptr) ptx::prefetch_tensor_map(&a.value_map);
         if (query_boxes) ptx::prefetch_tensor_map(&a.query_map);
         int jobs = 0;

@@ -364,7 +364,7 @@ struct ForwardSm80 {
                 if constexpr (kModified) modify_scores<kKeys>(a, s, state.row.of_thread(s, 16 * m), n, scores[m]);
                 if (keys.is_edge(block)) mask_scores<kKeys>(state.row.of_thread(s, 16 * m), n, scores[m]);
                 float shrink[2];
-                softmax_step<kKeys, kModified>(scores[m], state.softmax[m], factor, shrink);
+                softmax_step<kKeys, true>(scores[m], state.softmax[m], factor, shrink);
                 scale_rows<kHeadDim>(state.sums[m], shrink);
                 if (dropout) drop<kKeys>(a, seed, s, state.row.of_thread(s, 16 * m), n, scores[m]);
                 pack(scores[m], m, weights);

@@ -109,11 +109,10 @@ TF_DEVICE void load_rows_between(char* tile, const E* rows, int64_t stride, int 
 
 // ------------------------------------------------------------------------------------------ elements
 
-// The probability of a score, 0 of -infinity; kModified as in modified_score.
-template <bool kModified>
+// The probability of a score, 0 of -infinity. The maximum goes first: rounded to a multiple of 2^-8, as a score of 1e5
+// is in base 2, it would leave nothing of log2_sum.
 TF_DEVICE float probability(float score, float top, float log2_sum, float factor) {
-    if constexpr (kModified) return ptx::exp2((score - top) * factor - log2_sum);
-    return ptx::exp2(score * factor - (top * factor + log2_sum));
+    return ptx::exp2(__builtin_fmaf(score - top, factor, -log2_sum));
 }
 
 // The softcap's derivative where it left a score.

@@ -112,6 +112,8 @@ TF_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b)
 TF_DEVICE float atomic_add(float* address, float value) { return atomicAdd(address, value); }
 TF_DEVICE int atomic_add(int* address, int value) { return atomicAdd(address, value); }
 TF_DEVICE void fence_device() { __threadfence(); }
+// Before asynchronous accesses of global memory that come after another block's, as load_acquire has told.
+TF_DEVICE void fence_async_proxy_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 TF_DEVICE int load_acquire(const int* address) {
     int value;
     asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");

@@ -9,8 +9,13 @@ namespace cuda {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// tanh to 2e-7, not relative to its value: scores are differences of exponents.
-TF_DEVICE float tanh(float x) { return 1.0f - 2.0f * ptx::reciprocal(1.0f + ptx::exp2(x * (2.0f * kLog2E))); }
+// tanh to a relative error of 1e-6: scores far below a softcap stay what they were. Where the exponentials cancel, its
+// series to x^9.
+TF_DEVICE float tanh(float x) {
+    const float u = x * x;
+    const float series = x + x * u * (-1.0f / 3 + u * (2.0f / 15 + u * (-17.0f / 315 + u * (62.0f / 2835))));
+    return u < 0.0625f ? series : 1.0f - 2.0f * ptx::reciprocal(1.0f + ptx::exp2(x * (2.0f * kLog2E)));
+}
 
 // A score as the softcap left it (backward wants to know that), and in the end.
 struct Score {
@@ -80,13 +85,14 @@ TF_DEVICE float base2_factor(const Arguments& a, bool modified) {
     return modified ? kLog2E : a.problem.softmax_scale * kLog2E;
 }
 
-// exp2((score - top) * factor); `top` is finite. Raw products take one multiply-add, whose error is that of
-// top * factor: infinite for scores near -FLT_MAX, as a bias makes them.
-template <bool kModified>
+// exp2((score - top) * factor); `top` is finite. One multiply-add spares the subtraction, with the error of top *
+// factor: infinite for scores near -FLT_MAX, as a bias makes them, and too large beyond kLargeExponent.
+template <bool kSubtractFirst>
 TF_DEVICE float exponential(float score, float top, float factor) {
-    if constexpr (kModified) return ptx::exp2((score - top) * factor);
-    return ptx::exp2(score * factor - top * factor);
+    if constexpr (kSubtractFirst) return ptx::exp2((score - top) * factor);
+    return ptx::exp2(__builtin_fmaf(score, factor, -(top * factor)));
 }
+constexpr float kLargeExponent = 4194304.0f;  // 2^22: exponents are off by up to 1/4, all of a row by the same
 
 // The factors of dropout for keys `key` and `key + 1`; `key` is even. 0, or 1 / (1 - dropout_p).
 struct DropoutPair {

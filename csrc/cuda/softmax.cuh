@@ -142,9 +142,11 @@ TF_DEVICE float quad_sum(float x) {
     return x + ptx::shuffle_xor(x, 2);
 }
 
+TF_DEVICE bool is_large(float exponent) { return exponent > kLargeExponent || exponent < -kLargeExponent; }
+
 // Scores -> exponentials relative to the new maximum, in place. What was summed up before has to be multiplied by
 // `shrink`, row by row.
-template <int N, bool kModified>
+template <int N, bool kSubtractFirst>
 TF_DEVICE void softmax_step(float (&scores)[N / 2], SoftmaxState& state, float factor, float (&shrink)[2]) {
     float fresh[2] = {state.top[0], state.top[1]};
     TF_UNROLL
@@ -158,9 +160,14 @@ TF_DEVICE void softmax_step(float (&scores)[N / 2], SoftmaxState& state, float f
         state.total[r] *= shrink[r];
         fresh[r] = limit;
     }
+    if (!kSubtractFirst && ptx::any(is_large(fresh[0] * factor) || is_large(fresh[1] * factor))) {
+        TF_UNROLL
+        for (int e = 0; e < N / 2; ++e) scores[e] -= fresh[row_of(e)];
+        fresh[0] = fresh[1] = 0.0f;
+    }
     TF_UNROLL
     for (int e = 0; e < N / 2; ++e) {
-        scores[e] = exponential<kModified>(scores[e], fresh[row_of(e)], factor);
+        scores[e] = exponential<kSubtractFirst>(scores[e], fresh[row_of(e)], factor);
         state.total[row_of(e)] += scores[e];
     }
 }

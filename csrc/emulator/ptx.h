@@ -117,6 +117,7 @@ inline float atomic_add(float* address, float value) {
 }
 inline int atomic_add(int* address, int value) { return emulator::atomic_add(address, value); }
 inline void fence_device() {}
+inline void fence_async_proxy_global() {}
 inline int load_acquire(const int* address, Where where = Where::here()) {
     return emulator::load_acquire(address, where);
 }

@@ -63,8 +63,8 @@ bool encode_tensor_map(TensorMap* map, const TensorGeometry& g, std::string* why
         encoded.box[i] = static_cast<uint16_t>(g.box[i]);
         if (i > 0) encoded.stride[i - 1] = g.stride[i - 1];
     }
-    std::memset(map, 0, sizeof(TensorMap));
-    std::memcpy(map, &encoded, sizeof(Encoded));
+    *map = TensorMap{};
+    std::memcpy(map->opaque, &encoded, sizeof(Encoded));
     return true;
 }
 

@@ -123,6 +123,45 @@ def test_a_bias_of_the_lowest_number(dtype: torch.dtype, seed: int, capability: 
     assert outcome.passed, f"\n{outcome}"
 
 
+@pytest.mark.parametrize(("rows", "size"), [(1, 1e5), (40, 1e3), (40, 1e5), (40, 1e8)], ids=str)
+def test_huge_scores(rows: int, size: float, seed: int, capability: int) -> None:
+    """One multiply-add for the product and the subtraction of the maximum is off by 2^-24 of the maximum."""
+    case = Case("full", f"huge_{size}_{rows}", seqlen_q=rows, seqlen_k=40, head_dim=64, score_size=size)
+    outcome = check(case, torch.bfloat16, EMULATED, seed)
+    assert outcome.passed, f"\n{outcome}"
+
+
+def test_gradients_of_huge_scores_keep_the_sum(capability: int) -> None:
+    """Three keys alike have a third each, however large their scores: as large as the sum's logarithm is lost beside."""
+    query, key = torch.full((1, 1, 65, 64), 3e3).bfloat16(), torch.full((1, 1, 3, 64), 3e3).bfloat16()
+    value = _normal(1, 1, 3, 64).requires_grad_()
+    out = attention(query, key, value, backend="emulated")
+    (grad,) = torch.autograd.grad(out, value, torch.ones_like(out))
+    assert grad.float().sub(65 / 3).abs().max() < 2**-3  # bfloat16's unit there
+
+
+@pytest.mark.parametrize("softcap", [1e3, 1e6, 1e20, 3e38])
+def test_a_softcap_far_above_the_scores(softcap: float, seed: int, capability: int) -> None:
+    """A tangent that is right to some part of 1 is wrong to that part of the softcap."""
+    case = Case("softcap", f"softcap_{softcap}", num_heads=2, seqlen_q=17, seqlen_k=80, head_dim=64, softcap=softcap)
+    outcome = check(case, torch.bfloat16, EMULATED, seed)
+    assert outcome.passed, f"\n{outcome}"
+
+
+def test_no_query_in_a_batch_that_may_have_some(capability: int) -> None:
+    query, key = torch.empty(0, 2, 64, dtype=torch.bfloat16), _normal(6, 1, 64)
+    lengths = [torch.tensor(n, dtype=torch.int32) for n in ([0, 0, 0], [0, 3, 6])]
+    assert attention_varlen(query, key, key, *lengths, 100, 6, backend="emulated").shape == query.shape
+
+
+def test_lengths_beyond_the_tensors_are_refused(capability: int) -> None:
+    """The emulator would write beyond them."""
+    packed = _normal(33, 2, 64)
+    lengths = torch.tensor([0, 10, 34], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seqlens_q"):
+        attention_varlen(packed, packed, packed, lengths, lengths, 24, 24, backend="emulated")
+
+
 def test_what_it_cannot_do_is_said(capability: int) -> None:
     x = torch.randn(1, 1, 4, LARGEST_HEAD_DIM + 1)
     with pytest.raises(UnsupportedError, match="head_dim 257; it computes up to 256"):

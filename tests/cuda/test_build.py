@@ -18,7 +18,7 @@ from transformer_fast.kernels.configs import num_splits
 
 import transformer_fast
 from transformer_fast import UnsupportedError, attention
-from transformer_fast.backends.cuda import make_plan
+from transformer_fast.backends.cuda import make_plan, missing_code
 from transformer_fast.spec import Operands, make_spec, parse_options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,6 +89,24 @@ def test_a_machine_without_a_gpu_is_told_so() -> None:
     x = torch.randn(1, 1, 4, 8).to(torch.bfloat16)
     with pytest.raises(UnsupportedError, match="backend 'cuda' cannot do this"):
         attention(x, x, x, backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("targets", "capability", "fits"),
+    [
+        ("80, 90a, 80+PTX", 120, True),
+        ("80, 90a", 89, True),
+        ("80, 90a", 90, True),
+        ("80+PTX", 90, True),
+        ("80", 90, False),
+        ("90a", 80, False),
+        ("80, 90a", 100, False),
+    ],
+)
+def test_a_build_is_used_where_it_has_code(targets: str, capability: int, fits: bool) -> None:
+    missing = missing_code(targets, capability)
+    assert (missing is None) == fits
+    assert fits or f"has machine code for {targets} (TRANSFORMER_FAST_CUDA_ARCHS" in missing
 
 
 def test_every_kernel_of_the_table_is_there(emulator: None) -> None:

@@ -29,11 +29,7 @@ REGISTRY: dict[str, Backend] = {
 
 def reasons(spec: AttentionSpec) -> dict[str, str | None]:
     """For each back end None if it can do the spec, else the reason why not."""
-    answers = {}
-    for name, backend in REGISTRY.items():
-        info = backend.info()
-        answers[name] = backend.supports(spec) if info.available else info.reason
-    return answers
+    return {name: backend.reason(spec) for name, backend in REGISTRY.items()}
 
 
 def select_backend(spec: AttentionSpec) -> Backend:

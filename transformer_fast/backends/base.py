@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..spec import AttentionSpec, Operands
@@ -24,6 +25,11 @@ class Info:
     version: str | None
     details: dict[str, Any] = field(default_factory=dict)
     is_error: bool = False
+
+
+def device_name() -> str:
+    """The CUDA device's, or no more than that there is one: a process that may fork must not initialise CUDA."""
+    return torch.cuda.get_device_name() if torch.cuda.is_initialized() else "a CUDA device"
 
 
 class Results(NamedTuple):
@@ -76,6 +82,11 @@ class Backend(ABC):
     @abstractmethod
     def info(self) -> Info:
         """What this machine has of the back end."""
+
+    def reason(self, spec: AttentionSpec) -> str | None:
+        """None if the back end is there and can do the spec, else the reason why not."""
+        info = self.info()
+        return self.supports(spec) if info.available else info.reason
 
     @abstractmethod
     def supports(self, spec: AttentionSpec) -> str | None:

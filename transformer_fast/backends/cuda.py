@@ -20,8 +20,8 @@ from torch import Tensor
 
 from .._version import __version__
 from ..layout import output_layout, row_strides
-from ..spec import AttentionSpec, Operands, UnsupportedError
-from .base import Backend, Gradients, Info, Results, Runner
+from ..spec import AttentionSpec, Operands, UnsupportedError, check_values
+from .base import Backend, Gradients, Info, Results, Runner, device_name
 from .fields import problem_fields
 from .gradients import backward_inputs, sinks_gradient
 
@@ -70,6 +70,20 @@ def _machine_of(module: Any, number: int) -> list[int]:
 
 def _emulated_capability() -> str:
     return os.environ.get(EMULATED_CAPABILITY_VARIABLE, "90")
+
+
+def missing_code(targets: str, capability: int) -> str | None:
+    """Why a module with machine code for these targets has none for a capability (80 for 8.0); None if it has."""
+    if targets == "emulated":
+        return None
+    own = "80" if capability < 90 else "90a" if capability == 90 else None
+    wanted = [name for name in (own, "80+PTX") if name]
+    if set(wanted) & set(targets.split(", ")):
+        return None
+    return (
+        f"compute capability {capability / 10}; this build has machine code for {targets} "
+        f"(TRANSFORMER_FAST_CUDA_ARCHS; {' or '.join(wanted)} would do)"
+    )
 
 
 def _pointer(tensor: Tensor | None) -> int:
@@ -136,6 +150,8 @@ class NativeRunner(Runner):
 
     def forward(self, operands: Operands, *, need_lse: bool, need_stats: bool) -> Results:
         spec = self.spec
+        if self.device.type == "cpu":  # a GPU would stall
+            check_values(operands, spec)
         out = torch.empty_strided(self.out_shape, self.out_stride, dtype=spec.dtype, device=self.device)
         lse = self._numbers(*spec.lse_shape) if need_lse or need_stats else None
         stats = self._numbers(2, *spec.lse_shape) if need_stats else None
@@ -190,13 +206,19 @@ class NativeBackend(Backend):
         """The native module, None where it does not import."""
         return _module(self.module_name)[0]
 
-    def supports(self, spec: AttentionSpec) -> str | None:
-        if spec.device.type != self.device_type:
+    def reason(self, spec: AttentionSpec) -> str | None:
+        # Before anything asks for a driver: calls with CPU tensors leave CUDA alone.
+        if self.module is not None and spec.device.type != self.device_type:
             return f"the tensors are on {spec.device}, this back end computes on {self.device_type}"
+        return super().reason(spec)
+
+    def supports(self, spec: AttentionSpec) -> str | None:
         if spec.dtype not in _DTYPES:
             return f"dtype {str(spec.dtype).removeprefix('torch.')}; it computes bfloat16 and float16"
         if (capability := _machine(self.module, spec.device)[0]) < 80:
             return f"compute capability {capability / 10}; it computes on 8.0 and later"
+        if missing := missing_code(self.module.targets(), capability):
+            return missing
         if (head_dim := max(spec.head_dim, spec.head_dim_v)) > _LARGEST_HEAD_DIM:
             return f"head_dim {head_dim}; it computes up to {_LARGEST_HEAD_DIM}"
         total_k = 0 if spec.is_paged else spec.total_k  # a table has room for more than there is
@@ -226,7 +248,7 @@ class CudaBackend(NativeBackend):
         reason = self._why_no_device()
         if reason is not None:
             return Info(self.name, False, reason, __version__, {"machine code": module.targets()})
-        details = {"runs on": torch.cuda.get_device_name(), "machine code": module.targets()}
+        details = {"runs on": device_name(), "machine code": module.targets()}
         return Info(self.name, True, None, __version__, details)
 
     def _why_no_device(self) -> str | None:

@@ -50,7 +50,8 @@ def problem_fields(
         **{name: getattr(spec, name) for name in _SIZES},
         "packed": packed,
         "dtype": DTYPES[spec.dtype],
-        "softcap": options.softcap or 0.0,
+        # So high a cap that no finite score comes near is none; its reciprocal may be too small for a GPU.
+        "softcap": options.softcap if options.softcap and options.softcap < 1e30 else 0.0,
         "dropout_p": options.dropout_p,
         "left": left,
         "right": right,

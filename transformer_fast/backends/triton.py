@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..layout import output_layout
 from ..spec import AttentionSpec, Operands
-from .base import Backend, Gradients, Info, Results, Runner
+from .base import Backend, Gradients, Info, Results, Runner, device_name
 from .gradients import backward_inputs, sinks_gradient
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ class TritonBackend(Backend):
         if not torch.cuda.is_available() and not _is_interpreted():
             reason = "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, for tests)"
             return Info(self.name, False, reason, _version())
-        way = "interpreter" if _is_interpreted() else torch.cuda.get_device_name()
+        way = "interpreter" if _is_interpreted() else device_name()
         return Info(self.name, True, None, _version(), {"runs on": way})
 
     def supports(self, spec: AttentionSpec) -> str | None:

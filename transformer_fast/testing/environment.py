@@ -16,6 +16,8 @@ def environment() -> dict[str, Any]:
     """Versions, processor, threads and back ends, as plain data for JSON."""
     import transformer_fast
 
+    if torch.cuda.is_available():
+        torch.cuda.init()  # back ends do not do so for a name
     facts: dict[str, Any] = {
         "transformer_fast": transformer_fast.__version__,
         "commit": commit(),

@@ -29,17 +29,8 @@ int device_count();
 // Why there is no device, or "" where there is one.
 std::string why_not();
 
-// Makes a device current to this thread, and gives the one before back.
-class OnDevice {
-  public:
-    explicit OnDevice(int device);
-    ~OnDevice();
-    OnDevice(const OnDevice&) = delete;
-    OnDevice& operator=(const OnDevice&) = delete;
-
-  private:
-    int before_ = -1;
-};
+// Makes a device current to this thread. The caller has made it PyTorch's, and gives back the one before.
+void make_current(int device);
 
 // Encodes a TMA descriptor. Throws Error; `what` names the operand in it.
 void encode(TensorMap&, const TensorGeometry&, const char* what);

@@ -69,16 +69,8 @@ std::string why_not() {
            version(CUDART_VERSION);
 }
 
-OnDevice::OnDevice(int device) {
-    require(cudaGetDevice(&before_), "asking for the current device");
-    // Also where it seems to be current already: PyTorch has a runtime of its own, which changes it unseen.
-    require(cudaSetDevice(device), "making the device current");
-    if (before_ == device) before_ = -1;
-}
-
-OnDevice::~OnDevice() {
-    if (before_ >= 0) cudaSetDevice(before_);
-}
+// Also where it seems to be current already: PyTorch has a runtime of its own, which changes it unseen.
+void make_current(int device) { require(cudaSetDevice(device), "making the device current"); }
 
 void encode(TensorMap& map, const TensorGeometry& geometry, const char* what) {
     static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= alignof(CUtensorMap));

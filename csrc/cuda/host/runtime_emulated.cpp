@@ -9,8 +9,7 @@ Machine machine_of(int capability) { return {capability, 4, 1 << 20, (capability
 int device_count() { return 1; }
 std::string why_not() { return ""; }
 
-OnDevice::OnDevice(int) {}
-OnDevice::~OnDevice() = default;
+void make_current(int) {}
 
 void encode(TensorMap& map, const TensorGeometry& geometry, const char* what) {
     std::string reason;

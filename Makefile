@@ -27,11 +27,11 @@ SANITIZED := build/sanitize
 SANITIZER_LIBS = $(foreach lib,libasan.so libubsan.so libstdc++.so.6,$(shell $(or $(CXX),g++) -print-file-name=$(lib)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format build sanitize mutants kernels gpu setup native clean
+.PHONY: help demo test bench lint format build sanitize mutants cuda-mutants kernels gpu setup native nvcc clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
-	@awk -F ':.*## *' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## *' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # --- Setting up ----------------------------------------------------------------------------------
 
@@ -67,6 +67,10 @@ setup: $(VENV)/.stamp-dev $(VENV)/.stamp-native  ## everything a developer needs
 native: $(VENV)/.stamp-torch  ## rebuild the native module in place (only what changed)
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $(VENV)/.stamp-native
+
+nvcc: $(VENV)/.stamp-torch  ## NVIDIA's compiler, into .venv, where this machine has none
+	@$(BIN)/python csrc/cuda/toolkit.py \
+	    || { echo "[setup] nvcc, into $(VENV)"; $(PIP) $(addsuffix ==13.*,nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl); }
 
 # --- The commands --------------------------------------------------------------------------------
 
@@ -120,6 +124,9 @@ gpu: $(VENV)/.stamp-dev $(VENV)/.stamp-native  ## correctness and speed on this 
 
 mutants: $(VENV)/.stamp-dev $(VENV)/.stamp-native  ## plant faults one at a time; the tests must catch each
 	$(BIN)/python tests/mutants.py
+
+cuda-mutants: $(VENV)/.stamp-dev $(VENV)/.stamp-native  ## the same with the synchronisations of the CUDA kernels, in the emulator
+	$(BIN)/python tests/cuda/mutants.py --table tests/cuda/mutants.md
 
 clean:  ## remove what was built (.venv stays)
 	rm -rf build dist *.egg-info transformer_fast/*.so .mypy_cache .pytest_cache .ruff_cache

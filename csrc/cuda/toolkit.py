@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 #: cudaGetDriverEntryPointByVersion came with it.
@@ -106,3 +107,7 @@ def compile_flags(compiler: str) -> list[str]:
 def link_flags(nvcc: Path) -> list[str]:
     """The runtime inside and invisible, so that it is never mistaken for PyTorch's; the driver not at all."""
     return [f"-L{library_folder(nvcc)}", "-lcudart_static", "-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread"]
+
+
+if __name__ == "__main__":
+    sys.exit(why_no_nvcc())

@@ -21,7 +21,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +201,7 @@ def run(capability: int, only: str, seeds: int) -> list[Outcome]:
     return outcomes
 
 
-def run_apart(capability: int, arguments: argparse.Namespace) -> list[Outcome]:
+def run_apart(arguments: argparse.Namespace, capability: int) -> list[Outcome]:
     """The same in a process of its own: the emulator is one machine for the life of a process."""
     command = [sys.executable, __file__, "--capability", str(capability), "--json"]
     command += ["--only", arguments.only, "--seeds", str(arguments.seeds)]
@@ -262,7 +264,8 @@ def main() -> int:
         print(json.dumps([asdict(o) for o in run(arguments.capability, arguments.only, arguments.seeds)]))
         return 0
     capabilities = [arguments.capability] if arguments.capability else [80, 90]
-    outcomes = merged([o for c in capabilities for o in run_apart(c, arguments)])
+    with ThreadPoolExecutor() as pool:
+        outcomes = merged([o for all_of_one in pool.map(partial(run_apart, arguments), capabilities) for o in all_of_one])
     if arguments.table:
         arguments.table.write_text(table(outcomes), encoding="utf-8")
     survivors = [o for o in outcomes if not o.caught_by]

@@ -98,10 +98,11 @@ build: $(VENV)/.stamp-dev  ## an sdist and a wheel, into dist/
 	$(BIN)/python -m build --no-isolation
 
 # A full copy of the package with a sanitized module, put first on the path. A test of its own
-# fails when another copy is imported. Python's own allocations are not freed at exit: no leak check.
+# fails when another copy is imported. Python's own allocations are not freed at exit: no leak check. Of
+# the CUDA kernels, where the emulator is built, one of the two types: the other is the same code.
 sanitize: $(VENV)/.stamp-dev  ## the native tests under AddressSanitizer and UBSan
 	rm -rf $(SANITIZED)
-	TRANSFORMER_FAST_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
+	TRANSFORMER_FAST_SANITIZE=1 TRANSFORMER_FAST_KERNELS=bf16,key_ranges $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
 	LD_PRELOAD="$(SANITIZER_LIBS)" \
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	PYTHONPATH="$(CURDIR)/$(SANITIZED)" TRANSFORMER_FAST_EXPECTED_COPY="$(CURDIR)/$(SANITIZED)" \

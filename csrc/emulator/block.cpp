@@ -51,6 +51,7 @@ void Block::draw_schedule(int index) {
     // All are drawn, also those that are set: what one setting says does not change the others.
     const int landing = random_.below(3), warps = random_.below(4), lanes = random_.below(4);
     starved_warp_ = random_.below(num_warps());
+    laggards_ = static_cast<uint32_t>(random_.next());
     elected_lane_ = random_.below(2) == 0 ? 0 : random_.below(32);
     late_ = settings_.landing == Landing::drawn ? landing != 0 : settings_.landing == Landing::late;
     warp_order_ = settings_.warps == WarpOrder::drawn ? static_cast<WarpOrder>(warps + 1) : settings_.warps;
@@ -139,11 +140,11 @@ Warp* Block::choose_warp() {
     }
     if (ready == 0) return nullptr;
     if (lane_order_ == LaneOrder::leader_first) {
-        // All leaders first, and the rest of one warp last: what its leader gave free, its other lanes still need.
+        // All leaders first, and the rest of some warps last: what their leaders gave free, other lanes still need.
         if (led != 0) {
             ready = led;
-        } else if (ready != 1u << starved_warp_) {
-            ready &= ~(1u << starved_warp_);
+        } else if ((ready & ~laggards_) != 0) {
+            ready &= ~laggards_;
         }
     }
     int chosen = 0;

@@ -154,6 +154,7 @@ class Block {
     WarpOrder warp_order_ = WarpOrder::lowest_first;
     LaneOrder lane_order_ = LaneOrder::ascending;
     int starved_warp_ = -1, elected_lane_ = 0;
+    uint32_t laggards_ = 0;                // warps
     const Warp* fencing_ = nullptr;        // its fence has not been carried out yet
     static inline uint64_t progress_ = 0;  // of all blocks: one may wait for another
     uint64_t last_progress_ = 0, pauses_so_far_ = 0;

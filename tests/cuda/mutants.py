@@ -36,6 +36,7 @@ from transformer_fast.testing.runner import Expected, expected_of, judge_all, ru
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 SECONDS = 30  # that one problem may take; a fault may well make a loop endless
 SEEDS = 12
+FIRST_SEED = 45  # so that the rarest fault, which 3 of 20 schedules show, is among those that these show
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -99,8 +100,9 @@ class Prepared:
 
 
 def configure(module: Any, seed: int) -> None:
-    """Schedules by turns of one block at a time and of a few."""
-    module.configure(seed, blocks_at_once=1 if seed % 2 == 0 else 3)
+    """By turns one block at a time and a few, and every third time leaders of warps far ahead of their lanes."""
+    lanes = "leader_first" if seed % 3 == 2 else "drawn"
+    module.configure(seed, blocks_at_once=1 if seed % 2 == 0 else 3, lanes=lanes)
 
 
 def calls(module: Any) -> dict[Site, int]:
@@ -118,7 +120,7 @@ def prepare(module: Any, seeds: int) -> list[Prepared]:
     all_prepared = []
     for case, dtype in CASES:
         prepared = Prepared(case, dtype)
-        for seed in range(seeds):
+        for seed in range(FIRST_SEED, FIRST_SEED + seeds):
             configure(module, seed)
             before, began = calls(module), time.perf_counter()
             if fault := prepared.fault():
@@ -133,7 +135,7 @@ def prepare(module: Any, seeds: int) -> list[Prepared]:
 def sources() -> dict[str, list[str]]:
     """The lines of the kernels, as they are now: the checkout may change while this runs."""
     files = sorted((CSRC / "cuda").glob("*.cuh"))
-    return {f"cuda/{f.name}": [""] + f.read_text(encoding="utf-8").splitlines() for f in files}
+    return {f"cuda/{f.name}": ["", *f.read_text(encoding="utf-8").splitlines()] for f in files}
 
 
 def in_a_process(work: Callable[[], dict[str, Any]]) -> dict[str, Any] | int:
@@ -165,7 +167,7 @@ def try_without(module: Any, site: Site, text: str, problems: list[Prepared], se
     def work() -> dict[str, Any]:
         module.disable(site.file, site.line)
         attempts = 0
-        for seed in range(seeds):
+        for seed in range(FIRST_SEED, FIRST_SEED + seeds):
             configure(module, seed)
             for prepared in problems:
                 attempts += 1
@@ -265,7 +267,8 @@ def main() -> int:
         return 0
     capabilities = [arguments.capability] if arguments.capability else [80, 90]
     with ThreadPoolExecutor() as pool:
-        outcomes = merged([o for all_of_one in pool.map(partial(run_apart, arguments), capabilities) for o in all_of_one])
+        of_each = pool.map(partial(run_apart, arguments), capabilities)
+        outcomes = merged([outcome for outcomes in of_each for outcome in outcomes])
     if arguments.table:
         arguments.table.write_text(table(outcomes), encoding="utf-8")
     survivors = [o for o in outcomes if not o.caught_by]

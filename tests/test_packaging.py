@@ -33,7 +33,7 @@ needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not
 
 def run(command: Sequence[str | Path], cwd: Path, **environment: str) -> str:
     """Run a command away from the checkout and return its output; show all of it on failure."""
-    dropped = {"PYTHONPATH", "TRANSFORMER_FAST_SANITIZE", "LD_PRELOAD"}
+    dropped = {"PYTHONPATH", "TRANSFORMER_FAST_SANITIZE", "TRANSFORMER_FAST_EMULATOR", "LD_PRELOAD"}
     clean = {name: value for name, value in os.environ.items() if name not in dropped}
     done = subprocess.run(
         [str(word) for word in command],
@@ -70,6 +70,7 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT],
         cwd=folder,
         TMPDIR=str(tmp_path_factory.mktemp("build")),
+        TRANSFORMER_FAST_CUDA="0",  # minutes of nvcc
     )
     (sdist,) = folder.glob("*.tar.gz")
     (wheel,) = folder.glob("*.whl")

@@ -225,7 +225,7 @@ class NativeBackend(Backend):
         if max(spec.total_q, total_k, spec.seqlen_q * spec.group_size, spec.seqlen_k) >= 2**30:
             return "2**30 or more tokens, or rows of the heads that share keys; its positions are 32-bit"
         longest = max(spec.seqlen_q * spec.group_size, spec.seqlen_k)
-        if spec.batch * spec.num_kv_heads * longest >= 2**31 * 16:  # a tile has 16 rows or more
+        if spec.batch * spec.num_kv_heads * max(1, -(-longest // 16)) >= 2**31:  # a tile has 16 rows or more
             return "2**31 or more tiles of the longest sequence over all batch entries; it counts them in 32 bits"
         return make_plan(self.module, spec).forward_refuses() or None
 

@@ -192,7 +192,7 @@ class TritonBackend(Backend):
         if spec.num_heads * spec.total_q >= 2**31:
             return "2**31 or more rows over all heads; it counts them in 32 bits"
         longest = max(spec.seqlen_q * spec.group_size, spec.seqlen_k)
-        if spec.batch * spec.num_kv_heads * longest >= 2**31 * 16:  # a tile has 16 rows or more
+        if spec.batch * spec.num_kv_heads * max(1, -(-longest // 16)) >= 2**31:  # a tile has 16 rows or more
             return "2**31 or more tiles of the longest sequence over all batch entries; it counts them in 32 bits"
         machine = _machine(spec.device)
         if machine.capability < 80:

@@ -30,10 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Where a build has the object of a kernel, under build/temp.*.
 OBJECTS = "transformer_fast._C_cuda/instances"
 #: Phases that multiply matrices; the others stream.
-_PRODUCTS = ("forward", "forward_full", "decode", "dkdv", "dq", "backward")
-
-#: It fills the registers of 8.0 to the last, and ptxas needs six more on 9.0, where it has only what TMA cannot load.
-_MAY_SPILL_ON_90 = r"forward_sm80_\w+_128_plain"
+_PRODUCTS = ("forward", "forward_full", "forward_fallback", "decode", "dkdv", "dq", "backward")
 
 
 @cache
@@ -142,7 +139,6 @@ def _kernel(instance: Any, capability: int) -> Kernel:
         promised_ctas=1,
         needs_tensor_cores=computes,
         needs_tma=computes and is_hopper,
-        may_spill=capability == 90 and re.fullmatch(_MAY_SPILL_ON_90, instance.name) is not None,
         needs_overlap=is_hopper and instance.phase in ("forward", "forward_full"),
         family=instance.family,
     )

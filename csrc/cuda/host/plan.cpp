@@ -81,6 +81,7 @@ void Plan::plan() {
     for (const int family : {90, 80}) {
         if (family == 90 && machine_.capability != 90) continue;
         if (family == 90) add_forward("forward_full", family);
+        if (family == 80 && machine_.capability == 90) add_forward("forward_fallback", family);
         add_forward("forward", family);
         if (p_.page_size == 0) add_backward(family);
     }

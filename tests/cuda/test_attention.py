@@ -123,6 +123,11 @@ def test_the_way_is_told(capability: int) -> None:
     assert "mma.sync" in odd and ("(not forward_sm90_bf16_64_plain: TMA needs rows" in odd) == (capability == 90)
 
 
+def test_what_tma_cannot_load_has_its_own_kernel_on_hopper(capability: int) -> None:
+    path = explain(*(_normal(1, 2, 300, 101) for _ in range(3)), backend="emulated").path
+    assert ("forward_fallback_sm80_bf16_128_plain" if capability == 90 else "forward_sm80_bf16_128_plain") in path
+
+
 def test_splits_join_to_the_same_numbers(capability: int, seed: int) -> None:
     """Few rows against many keys: partial results, joined by the last block."""
     case = Case("decode", "decode_split", num_heads=2, num_kv_heads=1, seqlen_q=1, seqlen_k=1500, head_dim=64)

@@ -31,7 +31,7 @@ def native_module(backend: str) -> Any:
 def why_missing(backend: str) -> str | None:
     """None if the back end's module can be imported, else why not."""
     found: Any = REGISTRY[backend]
-    return cuda._module(found.module_name)[1]
+    return cuda.native_module(found.module_name)[1]
 
 
 def chosen_backends(
@@ -79,7 +79,7 @@ def built(root: Path | None, seconds: float, say: Callable[[str], None]) -> str 
         return f"building it failed: {_last_words(done.stderr) or _last_words(done.stdout)}"
     say(f"built in {time.monotonic() - start:.0f} s")
     importlib.invalidate_caches()
-    cuda._module.cache_clear()
+    cuda.native_module.cache_clear()
     return why_missing("cuda")
 
 

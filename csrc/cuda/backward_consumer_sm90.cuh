@@ -177,9 +177,10 @@ struct BackwardConsumerSm90 {
         if (a.problem.packed && rows < kBlockM) clean_tile(shared, me, rows);
     }
 
-    // S of a tile, issued, and what became of dQ of the tile before.
+    // S and P of a tile, and meanwhile what becomes of dQ of the tile before; dP, issued, unless something changes
+    // scores.
     static TF_DEVICE void begin_tile(const Arguments& a, const Work& w, const Shared& shared, int tile, Consumer& me,
-                                     Scores& scores, Dquery& dq) {
+                                     Scores& scores, Fragments& p, Scores& dp, Dquery& dq) {
         shared.barriers().query.wait_full(me.query_at);
         clean_rows(a, w, shared, me, tile);
         issue_scores(shared.key(), shared.query(me.query_at.stage), me, scores);
@@ -191,6 +192,14 @@ struct BackwardConsumerSm90 {
             ptx::mbarrier_wait(&shared.barriers().value_full, 0);
         }
         shared.barriers().dout.wait_full(me.dout_at);
+        if constexpr (!kModified) {
+            issue_scores(shared.value(), shared.dout(me.dout_at.stage), me, dp);
+            ptx::wgmma_wait<1>();
+        } else {
+            ptx::wgmma_wait<0>();
+        }
+        ptx::wgmma_pin(scores);
+        probabilities(a, w, shared, tile, me, scores, p);
     }
     // Waits for the last three products of a tile.
     static TF_DEVICE void end_tile(const Shared& shared, Consumer& me, Sums& dk, Sums& dv, Dquery& dq) {
@@ -215,15 +224,7 @@ struct BackwardConsumerSm90 {
         const char *const query = shared.query(me.query_at.stage), *const dout = shared.dout(me.dout_at.stage);
         Scores scores, dp;
         Fragments p, ds;
-        begin_tile(a, w, shared, tile, me, scores, dq);
-        if constexpr (!kModified) {
-            issue_scores(shared.value(), dout, me, dp);
-            ptx::wgmma_wait<1>();
-        } else {
-            ptx::wgmma_wait<0>();
-        }
-        ptx::wgmma_pin(scores);
-        probabilities(a, w, shared, tile, me, scores, p);
+        begin_tile(a, w, shared, tile, me, scores, p, dp, dq);
         multiply<E, kSumColumns, kScoreRows>(dv, p, ColumnOperand<kBlockM>(dout), true);
         ptx::wgmma_commit();
         if constexpr (!kModified) {
@@ -253,15 +254,7 @@ struct BackwardConsumerSm90 {
         const char *const query = shared.query(me.query_at.stage), *const dout = shared.dout(0);
         Scores scores, dp;
         Fragments p, ds;
-        begin_tile(a, w, shared, tile, me, scores, dq);
-        if constexpr (!kModified) {
-            issue_scores(shared.value(), dout, me, dp);
-            ptx::wgmma_wait<1>();
-        } else {
-            ptx::wgmma_wait<0>();
-        }
-        ptx::wgmma_pin(scores);
-        probabilities(a, w, shared, tile, me, scores, p);
+        begin_tile(a, w, shared, tile, me, scores, p, dp, dq);
         if constexpr (kModified) {
             issue_scores(shared.value(), dout, me, dp);
         }

@@ -10,8 +10,7 @@
 #else
 #include <cuda_runtime.h>
 
-#include <stdexcept>
-#include <string>
+#include "cuda/host/cuda_error.h"
 #endif
 
 namespace tf {
@@ -74,16 +73,13 @@ __global__ void __launch_bounds__(K::kThreads, 1) check_kernel(const __grid_cons
     K::run(a, shared);
 }
 
-inline void must(cudaError_t error) {
-    if (error != cudaSuccess) throw std::runtime_error(std::string("a check's launch: ") + cudaGetErrorString(error));
-}
-
 template <class K>
 void launch_check(const CheckArguments& a, void* stream) {
-    must(cudaFuncSetAttribute(check_kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, K::kSharedBytes));
+    require(cudaFuncSetAttribute(check_kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, K::kSharedBytes),
+            "asking for shared memory");
     check_kernel<K>
         <<<dim3(K::kBlocksX, K::kBlocksY), K::kThreads, K::kSharedBytes, static_cast<cudaStream_t>(stream)>>>(a);
-    must(cudaGetLastError());
+    require(cudaGetLastError(), "a check's launch");
 }
 
 #endif

@@ -9,7 +9,7 @@ import pytest
 
 import transformer_fast
 from transformer_fast import ops
-from transformer_fast.backends.cuda import EMULATED_CAPABILITY_VARIABLE, _module
+from transformer_fast.backends.cuda import EMULATED_CAPABILITY_VARIABLE, native_module
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,7 @@ def emulator() -> None:
 @pytest.fixture(params=[90, 80], ids=["sm90", "sm80"])
 def capability(request: pytest.FixtureRequest, emulator: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """As on a Hopper GPU, and as on an older one; the schedule of threads and copies is each test's own."""
-    module, _ = _module("_C_emulated")
+    module, _ = native_module("_C_emulated")
     module.configure(zlib.crc32(request.node.nodeid.encode()))
     monkeypatch.setenv(EMULATED_CAPABILITY_VARIABLE, str(request.param))
     ops._runners.clear()  # what was prepared for one machine must not serve on another

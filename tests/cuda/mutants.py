@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from transformer_fast.backends.cuda import EMULATED_CAPABILITY_VARIABLE, _module
+from transformer_fast.backends.cuda import EMULATED_CAPABILITY_VARIABLE, native_module
 from transformer_fast.testing.cases import Case, make_problem
 from transformer_fast.testing.runner import Expected, expected_of, judge_all, run_target
 
@@ -187,7 +187,7 @@ def try_without(module: Any, site: Site, text: str, problems: list[Prepared], se
 def run(capability: int, only: str, seeds: int) -> list[Outcome]:
     """All faults of the kernels that a GPU of this compute capability runs. Prints each as it is there."""
     os.environ[EMULATED_CAPABILITY_VARIABLE] = str(capability)
-    module, why_not = _module("_C_emulated")
+    module, why_not = native_module("_C_emulated")
     if module is None:
         raise SystemExit(why_not)
     torch.set_num_threads(1)  # a fork has one thread

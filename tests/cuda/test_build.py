@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -20,20 +19,12 @@ import transformer_fast
 from transformer_fast import UnsupportedError, attention
 from transformer_fast.backends.cuda import make_plan, missing_code
 from transformer_fast.spec import Operands, make_spec, parse_options
+from transformer_fast.testing.cuda_kernels import source_module
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
 
 needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not running from a source tree")
-
-
-def _beside_the_sources(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"_test_{name}", SOURCES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def _cuda_module() -> ModuleType:
@@ -111,12 +102,12 @@ def test_a_build_is_used_where_it_has_code(targets: str, capability: int, fits: 
 
 def test_every_kernel_of_the_table_is_there(emulator: None) -> None:
     """And the table of the module says of each what its struct says."""
-    from transformer_fast.backends.cuda import _module
+    from transformer_fast.backends.cuda import native_module
 
     if not SOURCES.exists() or os.environ.get("TRANSFORMER_FAST_EMULATED_MODULE"):
         pytest.skip("no sources here, or a module built apart")
-    instances = {i.name: i for i in _beside_the_sources("instances").INSTANCES}
-    kernels = {k["name"]: k for k in _module("_C_emulated")[0].kernels()}
+    instances = {i.name: i for i in source_module("instances").INSTANCES}
+    kernels = {k["name"]: k for k in native_module("_C_emulated")[0].kernels()}
     assert set(kernels) == set(instances)
     for name, kernel in kernels.items():
         instance = instances[name]
@@ -129,10 +120,10 @@ def test_every_kernel_of_the_table_is_there(emulator: None) -> None:
 
 
 def _path(machine: tuple[int, int, int, int], query: torch.Tensor, keys: torch.Tensor, **options: Any) -> str:
-    from transformer_fast.backends.cuda import _module
+    from transformer_fast.backends.cuda import native_module
 
     spec = make_spec(Operands(query, keys, keys), parse_options(**options))
-    module, reason = _module("_C_emulated")
+    module, reason = native_module("_C_emulated")
     assert module is not None, reason
 
     path: str = make_plan(module, spec, machine).path()
@@ -143,7 +134,7 @@ def _path(machine: tuple[int, int, int, int], query: torch.Tensor, keys: torch.T
 @pytest.mark.parametrize("batch", [1, 3, 70])
 def test_splits_are_those_of_the_triton_kernels(emulator: None, batch: int, keys: int) -> None:
     """The formula stands in C++ and in Python."""
-    from transformer_fast.backends.cuda import _module
+    from transformer_fast.backends.cuda import native_module
 
     machine = (90, 132, 50 << 20, 227 << 10)
     query, key = (torch.empty(batch, 4, n, 64, dtype=torch.bfloat16, device="meta") for n in (1, keys))
@@ -151,7 +142,7 @@ def test_splits_are_those_of_the_triton_kernels(emulator: None, batch: int, keys
         path = _path(machine, query, key, window_size=window)
         name = re.search(r"\((\w+)\)", path)
         assert name is not None
-        (kernel,) = [k for k in _module("_C_emulated")[0].kernels() if k["name"] == name[1]]
+        (kernel,) = [k for k in native_module("_C_emulated")[0].kernels() if k["name"] == name[1]]
         wanted = num_splits(batch * 4, 132 * kernel["min_blocks"], -(-seen // kernel["block_n"]))
         found = re.search(r"(\d+) splits", path)
         assert (int(found[1]) if found else 1) == wanted
@@ -191,19 +182,19 @@ def test_a_wrong_choice_is_said(environment: dict[str, str], message: str) -> No
 
 @needs_sources
 def test_a_wrong_machine_is_said() -> None:
-    table = _beside_the_sources("instances")
+    table = source_module("instances")
     assert table.parse_targets("90a, 80") == ["80", "90a"]
     for wrong in ("70", "90", ""):
         with pytest.raises(ValueError, match=r"TRANSFORMER_FAST_CUDA_ARCHS is .*; allowed: a comma list of 80, 90a"):
             table.parse_targets(wrong)
-    if _beside_the_sources("toolkit").why_no_nvcc() is None:
+    if source_module("toolkit").why_no_nvcc() is None:
         done = _setup(TRANSFORMER_FAST_CUDA="1", TRANSFORMER_FAST_CUDA_ARCHS="70")
         assert done.returncode != 0 and "TRANSFORMER_FAST_CUDA_ARCHS is '70'" in done.stderr
 
 
 @needs_sources
 def test_without_nvcc_the_reason_names_where_it_was_sought(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    toolkit = _beside_the_sources("toolkit")
+    toolkit = source_module("toolkit")
     monkeypatch.setattr(toolkit, "_candidates", lambda: [tmp_path / "nvcc"])
     assert "$CUDA_HOME" in toolkit.why_no_nvcc()
     old = tmp_path / "nvcc"
@@ -215,7 +206,7 @@ def test_without_nvcc_the_reason_names_where_it_was_sought(monkeypatch: pytest.M
 
 @needs_sources
 def test_cuda_home_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    toolkit = _beside_the_sources("toolkit")
+    toolkit = source_module("toolkit")
     for name in ("CUDA_PATH", "CUDA_HOME"):
         monkeypatch.setenv(name, str(tmp_path / name))
         (tmp_path / name / "bin").mkdir(parents=True)
@@ -225,7 +216,7 @@ def test_cuda_home_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 @needs_sources
 def test_names_choose_kernels() -> None:
-    table = _beside_the_sources("instances")
+    table = source_module("instances")
     names = [instance.name for instance in table.INSTANCES]
     assert len(set(names)) == len(names) and all(name.isidentifier() for name in names)
     chosen = [i.name for i in table.chosen("key_ranges,forward_sm90*_64_plain")]

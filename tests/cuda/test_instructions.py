@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from transformer_fast.backends.cuda import _module
+from transformer_fast.backends.cuda import native_module
 from transformer_fast.testing.instructions import CHECKS, Bench, check_names, run_one
 from transformer_fast.testing.instructions.bench import Geometry
 from transformer_fast.testing.instructions.copies import expected_tile, store_tile
 from transformer_fast.testing.instructions.layouts import gather, places_of, rows_along_k
 
-emulated, why_not = _module("_C_emulated")
+emulated, why_not = native_module("_C_emulated")
 if emulated is None:
     pytest.skip(why_not or "", allow_module_level=True)
 

@@ -219,7 +219,7 @@ def test_what_cannot_be_read_is_an_error(object_of: Callable[[str], Path], tmp_p
 
 def test_every_kernel_is_read_for_every_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a build that has all, or by compiling; a build that lacks something is none."""
-    table, _ = (cuda_kernels._module(name) for name in ("instances", "toolkit"))
+    table, _ = (cuda_kernels.source_module(name) for name in ("instances", "toolkit"))
     wanted = [(i.name, c) for c in (80, 90) for i in table.INSTANCES if cuda_kernels.TARGETS[c] in i.targets]
     monkeypatch.setattr(cuda_kernels, "_ninja", lambda: None)
     monkeypatch.setattr(cuda_kernels, "ROOT", tmp_path)
@@ -255,7 +255,7 @@ def test_the_rows_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_what_has_changed_is_compiled_again(
     object_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = cuda_kernels._module("instances").INSTANCES[0].name
+    name = cuda_kernels.source_module("instances").INSTANCES[0].name
     compiler = tmp_path / "nvcc"
     compiler.write_text(
         f"#!/bin/sh\necho once >> {tmp_path}/runs\n"
@@ -278,7 +278,7 @@ def test_only_what_has_changed_is_compiled_again(
 
 
 def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    toolkit = cuda_kernels._module("toolkit")
+    toolkit = cuda_kernels.source_module("toolkit")
     with monkeypatch.context() as patch:
         patch.setattr(toolkit, "find_nvcc", lambda: None)
         with pytest.raises(gate.UnavailableError, match="no nvcc in"):
@@ -288,6 +288,6 @@ def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         with pytest.raises(gate.UnavailableError, match="cuobjdump is neither in Triton nor"):
             cuda_kernels.nvcc_version()
     monkeypatch.setattr(cuda_kernels, "ROOT", tmp_path)
-    cuda_kernels._module.cache_clear()
+    cuda_kernels.source_module.cache_clear()
     with pytest.raises(gate.UnavailableError, match="without its sources"):
         cuda_kernels.nvcc_version()

@@ -39,7 +39,7 @@ _LARGEST_HEAD_DIM = 256
 
 
 @cache
-def _module(name: str) -> tuple[Any, str | None]:
+def native_module(name: str) -> tuple[Any, str | None]:
     """A native module, or the reason why it does not import."""
     path = os.environ.get(EMULATED_MODULE_VARIABLE) if name == "_C_emulated" else None
     full_name = f"transformer_fast.{name}"
@@ -204,7 +204,7 @@ class NativeBackend(Backend):
     @property
     def module(self) -> Any:
         """The native module, None where it does not import."""
-        return _module(self.module_name)[0]
+        return native_module(self.module_name)[0]
 
     def reason(self, spec: AttentionSpec) -> str | None:
         # Before anything asks for a driver: calls with CPU tensors leave CUDA alone.
@@ -242,7 +242,7 @@ class CudaBackend(NativeBackend):
     name, module_name, device_type = "cuda", "_C_cuda", "cuda"
 
     def info(self) -> Info:
-        module, reason = _module(self.module_name)
+        module, reason = native_module(self.module_name)
         if module is None:
             return Info(self.name, False, reason, None)
         reason = self._why_no_device()
@@ -266,7 +266,7 @@ class EmulatedBackend(NativeBackend):
     name, module_name, device_type = "emulated", "_C_emulated", "cpu"
 
     def info(self) -> Info:
-        module, reason = _module(self.module_name)
+        module, reason = native_module(self.module_name)
         if module is None:
             return Info(self.name, False, reason, None)
         capability = _emulated_capability()

@@ -34,7 +34,7 @@ _PRODUCTS = ("forward", "forward_full", "forward_fallback", "decode", "dkdv", "d
 
 
 @cache
-def _module(name: str) -> ModuleType:
+def source_module(name: str) -> ModuleType:
     """A module of csrc/cuda, which no package holds."""
     path = ROOT / "csrc" / "cuda" / f"{name}.py"
     if not path.exists():
@@ -58,7 +58,7 @@ def nvcc_version() -> str:
     Raises:
         UnavailableError: nvcc, the sources or the tools that read machine code are not here.
     """
-    toolkit = _module("toolkit")
+    toolkit = source_module("toolkit")
     if reason := toolkit.why_no_nvcc():
         raise UnavailableError(reason)
     for tool in ("cuobjdump", "nvdisasm"):
@@ -82,7 +82,7 @@ class Job:
 
 def _build() -> Path | None:
     """The folder of a build that has every kernel for all machines, brought up to date; None if there is none."""
-    table = _module("instances")
+    table = source_module("instances")
     flags = [f"-gencode {table.TARGETS[name]}" for name in TARGETS.values()]
     for plan in sorted(ROOT.glob("build/temp.*/build.ninja")):
         text, folder = plan.read_text(encoding="utf-8"), plan.parent
@@ -104,7 +104,7 @@ def _ninja() -> str | None:
 
 def _jobs(capabilities: Sequence[int]) -> list[tuple[Job, Kernel]]:
     """Each kernel for each machine that it is compiled for."""
-    table, build, jobs = _module("instances"), _build(), []
+    table, build, jobs = source_module("instances"), _build(), []
     for capability in capabilities:
         target = TARGETS.get(capability)
         for instance in [i for i in table.INSTANCES if target in i.targets]:
@@ -119,7 +119,7 @@ def _jobs(capabilities: Sequence[int]) -> list[tuple[Job, Kernel]]:
 
 def _command(instance: Any, capability: int) -> tuple[str, ...]:
     """nvcc's, but for the source and the object."""
-    table, toolkit = _module("instances"), _module("toolkit")
+    table, toolkit = source_module("instances"), source_module("toolkit")
     machine = table.target_flags(instance, [TARGETS[capability]])
     compiler = shutil.which("g++") or "c++"
     return (str(toolkit.find_nvcc()), *toolkit.compile_flags(compiler), f"-I{ROOT / 'csrc'}", *machine)
@@ -146,8 +146,8 @@ def _kernel(instance: Any, capability: int) -> Kernel:
 
 def _bring_up_to_date(job: Job) -> None:
     """Compiles, unless nothing has changed since it last was."""
-    (instance,) = (i for i in _module("instances").INSTANCES if i.name == job.name)
-    text, source = _module("instances").source_of(instance), job.object.with_suffix(".cu")
+    (instance,) = (i for i in source_module("instances").INSTANCES if i.name == job.name)
+    text, source = source_module("instances").source_of(instance), job.object.with_suffix(".cu")
     key_path, log = job.object.with_suffix(".key"), job.object.with_name(f"{job.object.name}.log")
     key = hashlib.sha256("\0".join([text, *job.command, _headers()]).encode()).hexdigest()
     if key_path.exists() and key_path.read_text() == key and job.object.exists() and log.exists():

@@ -11,6 +11,8 @@
 #include <cuda_runtime.h>
 
 #include <atomic>
+
+#include "cuda/host/cuda_error.h"
 #endif
 
 namespace tf {
@@ -82,12 +84,6 @@ template <class K>
 __global__ void __launch_bounds__(K::kThreads, K::kMinBlocks) attention_kernel(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(1024) char shared[];
     K::run(a, shared);
-}
-
-inline void require(cudaError_t error, const char* doing) {
-    if (error == cudaSuccess) return;
-    cudaGetLastError();  // or the next call would hear of it again
-    throw Error(std::string(cudaGetErrorName(error)) + " (" + cudaGetErrorString(error) + ") at " + doing);
 }
 
 template <class K>

@@ -2,23 +2,12 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
-#include "cuda/host/runtime.h"
+#include "cuda/host/cuda_error.h"
 
 namespace tf {
 namespace cuda {
 
 namespace {
-
-std::string words(cudaError_t error) {
-    return std::string(cudaGetErrorName(error)) + " (" + cudaGetErrorString(error) + ")";
-}
-
-void require(cudaError_t error, const char* doing) {
-    if (error != cudaSuccess) {
-        cudaGetLastError();  // or the next call would hear of it again
-        throw Error(words(error) + " at " + doing);
-    }
-}
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 

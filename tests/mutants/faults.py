@@ -28,19 +28,19 @@ def _selection(files: str, keywords: str) -> tuple[str, ...]:
 
 # One instruction set and one type are enough for what is written once for all of them.
 _PORTABLE = "portable and not bfloat16 and not float16"
-_KERNEL = _selection("test_conformance test_masks test_cpu_native", _PORTABLE)
+_KERNEL = _selection("test_conformance test_masks test_cpu_native test_cpu_memory", _PORTABLE)
 _MASK = _selection("test_masks test_conformance", f"definition or ({_PORTABLE})")
-_POISON = _selection("test_cpu_native test_conformance", _PORTABLE)
+_POISON = _selection("test_cpu_poison test_conformance", _PORTABLE)
 _PAIRED = _selection("test_conformance", "avx512_bf16 and bfloat16")
 _DATA = _selection("test_arguments", "data_out_of_range")
 _ROWS = _selection("test_arguments", "rejects")
-_DROPOUT = _selection("test_ops test_conformance", _PORTABLE)
-_OPS = _selection("test_ops", "not opcheck and not compiled and not finite and not exported")
+_DROPOUT = _selection("test_dropout test_conformance", _PORTABLE)
+_OPS = _selection("test_ops test_transforms", "not opcheck and not compiled and not finite and not exported")
 _OPCHECK = _selection("test_ops", "opcheck or fake")
 _AUTOCAST = _selection("test_ops", "autocast and not compiled")
 _PAGED = _selection("test_paged", "paged")
 _PAGES = _selection("test_conformance test_paged", f"paged and {_PORTABLE} or pages")
-_LAYOUT = _selection("test_cpu_native test_ops test_conformance", f"views or order or ({_PORTABLE})")
+_LAYOUT = _selection("test_cpu_memory test_ops test_conformance", f"views or order or ({_PORTABLE})")
 
 _CORE, _CPU, _HOST = "csrc/core/", "csrc/cpu/", "csrc/cpu/host/"
 _PACKAGE = "transformer_fast/"
@@ -229,7 +229,7 @@ PYTHON = [
     Fault("ops: what backward needs may be overwritten", _PACKAGE + "ops.py",
           "ctx.save_for_backward(*operands, *results)",
           "ctx.save_for_backward(*[None if t is None else t.data for t in operands], *results)",
-          _selection("test_cpu_native", "overwritten")),
+          _selection("test_cpu_memory", "overwritten")),
     Fault("reference: key lengths do not move the alignment", _PACKAGE + "masks.py",
           "+ (end - seqlen_q)", "+ (seqlen_k - seqlen_q)",
           _selection("test_masks test_conformance", "definition or plain")),

@@ -170,14 +170,14 @@ BACKWARD = [
 ]  # fmt: skip
 
 ADAPTER = [
-    Fault("adapter: window sides swapped", _PACKAGE + "backends/cpu.py",
+    Fault("adapter: window sides swapped", _PACKAGE + "backends/fields.py",
           "masks.bounds(options.window_left, options.window_right)",
           "masks.bounds(options.window_right, options.window_left)", _KERNEL),
     Fault("adapter: bias not broadcast", _PACKAGE + "layout.py",
           "return tuple(0 if n == 1 else s for n, s in", "return tuple(s for n, s in", _KERNEL),
-    Fault("adapter: out written with the query's strides", _PACKAGE + "backends/cpu.py",
-          '"out": row_strides(self.out_stride, self.packed)', '"out": row_strides(query.stride, self.packed)', _KERNEL),
-    Fault("adapter: slopes of a batch read with one stride", _PACKAGE + "backends/cpu.py",
+    Fault("adapter: out written with the query's strides", _PACKAGE + "backends/fields.py",
+          '"out": row_strides(out_stride, packed)', '"out": row_strides(query.stride, packed)', _KERNEL),
+    Fault("adapter: slopes of a batch read with one stride", _PACKAGE + "backends/fields.py",
           "(0, *slopes.stride)[-2:]", "(0, *slopes.stride)[:2]", _KERNEL),
     Fault("adapter: statistics and lse swapped", _PACKAGE + "backends/cpu.py",
           "*map(_pointer, (out, lse, stats)),", "*map(_pointer, (out, stats, lse)),", _KERNEL),

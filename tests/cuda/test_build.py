@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -192,9 +193,19 @@ def test_a_wrong_machine_is_said() -> None:
         assert done.returncode != 0 and "TRANSFORMER_FAST_CUDA_ARCHS is '70'" in done.stderr
 
 
+@pytest.fixture
+def toolkit() -> Iterator[ModuleType]:
+    """What setup.py asks about CUDA, which here asks anew: it remembers where nvcc is, as a build may."""
+    module = source_module("toolkit")
+    module.find_nvcc.cache_clear()
+    yield module
+    module.find_nvcc.cache_clear()
+
+
 @needs_sources
-def test_without_nvcc_the_reason_names_where_it_was_sought(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    toolkit = source_module("toolkit")
+def test_without_nvcc_the_reason_names_where_it_was_sought(
+    toolkit: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(toolkit, "_candidates", lambda: [tmp_path / "nvcc"])
     assert "$CUDA_HOME" in toolkit.why_no_nvcc()
     old = tmp_path / "nvcc"
@@ -205,8 +216,7 @@ def test_without_nvcc_the_reason_names_where_it_was_sought(monkeypatch: pytest.M
 
 
 @needs_sources
-def test_cuda_home_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    toolkit = source_module("toolkit")
+def test_cuda_home_comes_first(toolkit: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("CUDA_PATH", "CUDA_HOME"):
         monkeypatch.setenv(name, str(tmp_path / name))
         (tmp_path / name / "bin").mkdir(parents=True)

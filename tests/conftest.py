@@ -128,6 +128,11 @@ ALLOCATORS = (
 )
 
 
+# PyTorch looks up once which functions ``with torch.device(...)`` is for: before they are others.
+with torch.device("meta"):
+    assert torch.empty(1).is_meta
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uninitialised tensors are full of NaN in every test."""

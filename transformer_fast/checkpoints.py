@@ -1,16 +1,18 @@
 """Weights from and to safetensors files, with every name accounted for.
 
-A **key map** says for each parameter of a model which tensors of the file it is made of: one name, or
-several whose rows are stacked (a fused query-key-value projection from three files' worth of weights).
-A name that is missing, or that nothing asked for, is an error that says so; names known to be of no
-use are listed as such by the family that knows why.
+A **key map** says for each parameter of a model which tensors of the file it is made of: one, or several whose rows
+are stacked (a fused query-key-value projection from three files' worth of weights). A name that is missing, or that
+nothing asked for, is an error that says so; names known to be of no use are listed as such by the family that knows
+why.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from types import ModuleType
 
-KeyMap = Mapping[str, tuple[str, ...]]
+    from transformer_fast.models.model import Model
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -29,9 +31,34 @@ CONFIG_FILE = "config.json"
 # A wrong checkpoint differs in hundreds of names; the first few tell the story.
 _NAMES_SHOWN = 8
 
+# What norms' parameters were called in checkpoints converted from TensorFlow.
+_OLD_NAMES = (("gamma", "weight"), ("beta", "bias"))
+
 
 class CheckpointError(ValueError):
     """The files do not hold what the model needs; the message names the keys."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one parameter comes from.
+
+    Attributes:
+        names: tensors of the file whose rows are stacked; with one name, that tensor.
+        sizes: rows that each of them gives.
+        transposed: the file has it as (in, out).
+        is_row: the file has the vector as a matrix of one row.
+        others: further names under which the same tensor may stand, or stand again.
+    """
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...] = ()
+    transposed: bool = False
+    is_row: bool = False
+    others: tuple[str, ...] = ()
+
+
+KeyMap = Mapping[str, Source]
 
 
 def _safetensors() -> ModuleType:
@@ -45,21 +72,16 @@ def _safetensors() -> ModuleType:
     return module
 
 
-def _safetensors_error() -> type[Exception]:
-    from safetensors import SafetensorError
-
-    return SafetensorError
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """The folder's ``config.json``."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}: it is not the folder of a checkpoint")
-    return _read_json(path)
+    return read_json(path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -73,7 +95,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors file of a folder, or its shards."""
     index = folder / INDEX_FILE
     if index.is_file():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
         files = [folder / name for name in names]
     else:
         files = [folder / WEIGHTS_FILE]
@@ -83,60 +105,127 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_tensors(folder: Path, *, skip: Iterable[str] = ()) -> dict[str, Tensor]:
-    """All tensors of a folder by name, without those that match one of the ``skip`` patterns in full.
+class Checkpoint(Mapping[str, Tensor]):
+    """The tensors of a folder by name, read when asked for: there is no copy of all of them.
 
-    They are views of the mapped file until something writes to them or casts them.
+    Names are without the base model's ``prefix``, which files have or have not, and in today's spelling.
     """
-    patterns = [re.compile(pattern) for pattern in skip]
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(folder):
-        try:
-            tensors.update(_safetensors().load_file(file))
-        except _safetensors_error() as error:
-            raise CheckpointError(f"{file} is not a safetensors file: {error}") from error
-    return {name: t for name, t in tensors.items() if not any(p.fullmatch(name) for p in patterns)}
+
+    def __init__(self, folder: Path, prefix: str = "") -> None:
+        self.prefix = prefix
+        self._places: dict[str, tuple[Any, str]] = {}
+        opened = _safetensors().safe_open
+        for path in weight_files(folder):
+            try:
+                file = opened(path, framework="pt")
+            except Exception as error:  # safetensors' own, and whatever the reading of a broken header raises
+                raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+            self._places |= {self.plain(name): (file, name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+    def plain(self, name: str) -> str:
+        """A file's name for a tensor, without prefix and old spelling."""
+        stem, _, kind = name.removeprefix(self.prefix).rpartition(".")
+        return f"{stem}.{dict(_OLD_NAMES).get(kind, kind)}" if stem else kind
+
+    def stored_name(self, name: str) -> str:
+        """What the file calls it."""
+        return self._places[name][1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self.plain(name) in self._places
+
+    def __getitem__(self, name: str) -> Tensor:
+        file, stored = self._places[self.plain(name)]
+        return file.get_tensor(stored)
 
 
-def identity_map(model: nn.Module) -> KeyMap:
-    """The key map of a file that uses the model's own names."""
-    return {name: (name,) for name in model.state_dict()}
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; what is shared, once, under its first name."""
+    state = model.state_dict(keep_vars=True)
+    first: dict[int, str] = {}
+    for name, tensor in state.items():
+        first.setdefault(id(tensor), name)
+    return {name: state[name] for name in first.values()}
 
 
 def load_into(
     model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    key_map: KeyMap | None = None,
+    checkpoint: Checkpoint,
+    key_map: KeyMap,
     *,
+    stray: Iterable[str] = (),
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> None:
-    """Give ``model`` its weights. It may be on the meta device: its parameters are replaced, not copied into.
+    """Give ``model`` its weights, one parameter at a time. It may be on the meta device: parameters are replaced.
 
     Args:
-        tensors: what the file holds; every one of them must be used.
-        key_map: from the model's names to the file's; None when they are the same.
+        checkpoint: what the files hold; every name must be used.
+        key_map: from the model's names to the file's.
+        stray: patterns of names that need not be.
         dtype, device: what the parameters become; None leaves them as they are in the file.
     """
-    key_map = identity_map(model) if key_map is None else key_map
-    _check_names(set(tensors), {source for sources in key_map.values() for source in sources})
-    wanted = model.state_dict()
-    state: dict[str, Tensor] = {}
-    for name, sources in key_map.items():
-        parts = [tensors[source] for source in sources]
-        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if tensor.shape != wanted[name].shape:
-            raise CheckpointError(
-                f"{' + '.join(sources)} has shape {tuple(tensor.shape)}, and {name} needs {tuple(wanted[name].shape)}"
-            )
-        state[name] = tensor.to(device=device, dtype=dtype)
-    model.load_state_dict(state, strict=True, assign=True)
+    wanted = stored_tensors(model)
+    allowed = {checkpoint.plain(n) for source in key_map.values() for n in (*source.names, *source.others)}
+    missing = [n for name in wanted for n in _absent(key_map[name], checkpoint)]
+    patterns = [re.compile(pattern) for pattern in stray]
+    unexpected = [n for n in checkpoint if n not in allowed and not any(p.fullmatch(n) for p in patterns)]
+    unexpected = [checkpoint.stored_name(n) for n in unexpected]
+    _check_names(missing, unexpected)
+    for name, old in wanted.items():
+        tensor = _assemble(name, old.shape, key_map[name], checkpoint, dtype)
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(tensor.to(device), requires_grad=old.requires_grad)
+        else:
+            module._buffers[leaf] = tensor.to(device)
 
 
-def _check_names(held: set[str], wanted: set[str]) -> None:
+def _absent(source: Source, checkpoint: Checkpoint) -> list[str]:
+    if len(source.names) == 1:
+        return [] if any(n in checkpoint for n in (*source.names, *source.others)) else [source.names[0]]
+    return [n for n in source.names if n not in checkpoint]
+
+
+def _assemble(
+    name: str, shape: torch.Size, source: Source, checkpoint: Checkpoint, dtype: torch.dtype | None
+) -> Tensor:
+    """A parameter from its parts, in memory of its own: a mapped file may be overwritten."""
+    held = [n for n in (*source.names, *source.others) if n in checkpoint]
+    if len(source.names) == 1:
+        parts = [checkpoint[held[0]]]
+        for other in held[1:]:
+            if not torch.equal(parts[0], checkpoint[other]):
+                raise CheckpointError(f"{other} differs from {held[0]}, and {name} can be only one of them")
+    else:
+        parts = [checkpoint[n] for n in source.names]
+    if source.transposed:
+        parts = [part.t() if part.dim() == 2 else part for part in parts]
+    if source.is_row:
+        parts = [part.squeeze(0) for part in parts]
+    found = (sum(part.shape[0] for part in parts), *parts[0].shape[1:]) if parts[0].dim() else ()
+    if found != tuple(shape):
+        raise CheckpointError(f"{' + '.join(held)} has shape {found}, and {name} needs {tuple(shape)}")
+    tensor = torch.empty(shape, dtype=dtype if parts[0].dtype.is_floating_point and dtype else parts[0].dtype)
+    place = 0
+    for part in parts:
+        rows = part.shape[0] if part.dim() else 0
+        (tensor[place : place + rows] if len(parts) > 1 else tensor).copy_(part)
+        place += rows
+    return tensor
+
+
+def _check_names(missing: list[str], unexpected: list[str]) -> None:
     """Every wanted name is held, and nothing else."""
     problems = []
-    for title, names in (("missing", wanted - held), ("unexpected", held - wanted)):
+    for title, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
             more = ", ..." if len(names) > _NAMES_SHOWN else ""
             problems.append(f"{len(names)} {title}: {', '.join(sorted(names)[:_NAMES_SHOWN])}{more}")
@@ -144,9 +233,45 @@ def _check_names(held: set[str], wanted: set[str]) -> None:
         raise CheckpointError(f"the checkpoint does not fit the model; {'; '.join(problems)}")
 
 
-def save(model: nn.Module, folder: Path, config: Mapping[str, Any]) -> None:
-    """Write ``config`` and the model's weights, under its own names, for :func:`load_into` to read back."""
+def export_state_dict(model: Model, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Tensors under the names that the public checkpoints of the model's family have.
+
+    Args:
+        model: from ``from_pretrained`` or ``from_config``.
+        tensors: by the model's own parameter names, each in its parameter's shape (weights, gradients, moments);
+            None is the model's weights and buffers.
+
+    Returns:
+        the same values; fused projections are taken apart (as views), and what a family stores the other way round
+        is turned.
+
+    Raises:
+        ValueError: a name that is none of the model's, or a tensor of another shape.
+    """
+    from transformer_fast.models.families import family_of
+
+    stored = stored_tensors(model)
+    key_map = family_of(model.architecture.values).key_map(model)
+    found: dict[str, Tensor] = {}
+    for name, tensor in (stored if tensors is None else tensors).items():
+        if name not in stored:
+            raise ValueError(f"tensors has {name!r}, which is no parameter of the model")
+        if tensor.shape != stored[name].shape:
+            raise ValueError(f"tensors[{name!r}] has shape {tuple(tensor.shape)}; allowed: {tuple(stored[name].shape)}")
+        source, tensor = key_map[name], tensor.detach()
+        parts = [tensor] if len(source.names) == 1 else list(tensor.split(source.sizes))
+        if source.transposed:
+            parts = [part.t() for part in parts]
+        found |= {n: part[None] if source.is_row else part for n, part in zip(source.names, parts, strict=True)}
+    return found
+
+
+def save(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write ``config`` and ``tensors``. The files appear whole or not at all, over older ones too."""
     folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    unfinished = folder / f"{WEIGHTS_FILE}.unfinished"
+    _safetensors().save_file(weights, unfinished, metadata={"format": "pt"})
+    os.replace(unfinished, folder / WEIGHTS_FILE)
+    (folder / INDEX_FILE).unlink(missing_ok=True)
     (folder / CONFIG_FILE).write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
-    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    _safetensors().save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})

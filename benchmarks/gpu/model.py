@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transformer_fast.models import Decoder, ModelConfig, TokenLayout
-from transformer_fast.models.layers import AttentionOptions, heads_first
+from transformer_fast.models import Architecture, DecoderModel, ModelConfig, TokenLayout, from_config
+from transformer_fast.models.layers import AttentionOptions
 from transformer_fast.testing.baseline import stored_ulp
 from transformer_fast.testing.tolerance import Verdict, judge
 
@@ -35,7 +35,7 @@ def _config(changed: dict[str, Any], *, dry: bool) -> ModelConfig:
         sizes = dict(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=48)
         changed = dict.fromkeys(changed, 16)
     options = dict(vocab_size=1024, max_positions=16384, causal=True, norm="rmsnorm", activation="swiglu")
-    return ModelConfig(**(sizes | options | dict(linear_bias=False, positions="rope") | changed))  # type: ignore[arg-type]
+    return ModelConfig(**(sizes | options | dict(biases=(), positions="rope") | changed))  # type: ignore[arg-type]
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, options: AttentionOptions) -> Tensor:
@@ -43,7 +43,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, option
     since no back end of SDPA has both a mask and groups (past them it would hold all scores in memory).
     """
     group_size = query.shape[1] // key.shape[1]
-    query, key, value = (heads_first(t, layout) for t in (query, key, value))
+    query, key, value = (layout.heads_first(t) for t in (query, key, value))
     mask, grouped = None, options.window_size is None and query.dtype != torch.float32
     if not grouped:
         key, value = (t.repeat_interleave(group_size, dim=1) for t in (key, value))
@@ -69,15 +69,15 @@ class _Training:
     stack with fresh weights little of the hidden states comes from attention, but all of those gradients does.
     """
 
-    def __init__(self, decoder: Decoder, ids: Tensor, dout: Tensor, backend: str | None) -> None:
+    def __init__(self, decoder: DecoderModel, ids: Tensor, dout: Tensor, backend: str | None) -> None:
         self.decoder, self.ids, self.dout = decoder, ids, dout
         if backend is None:
             decoder.set_attention(_sdpa)
         else:
             decoder.set_backend(backend)
         self.parameters = dict(decoder.named_parameters())
-        last = len(decoder.blocks) - 1
-        self.judged = {f"qkv of layer {i}": f"blocks.{i}.attention.qkv.weight" for i in (0, last)}
+        last = len(decoder.decoder.blocks) - 1
+        self.judged = {f"qkv of layer {i}": f"decoder.blocks.{i}.attention.qkv.weight" for i in (0, last)}
 
     def __call__(self) -> dict[str, Tensor]:
         out = self.decoder.decode(self.ids)[0]
@@ -94,7 +94,7 @@ def model_job(device: Device, job: dict[str, Any]) -> dict[str, Any]:
     where = device.torch_device
     config = _config(changed, dry=device.is_dry)
     torch.manual_seed(1)
-    wide = Decoder(config).to(where)
+    wide = from_config(Architecture(decoder=config), device=where)
     ids = torch.randint(config.vocab_size, (batch, seqlen), device=where)
     dout = torch.randn(batch * seqlen, config.hidden_size, device=where)
     half = copy.deepcopy(wide).to(torch.bfloat16)

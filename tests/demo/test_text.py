@@ -1,7 +1,9 @@
-"""The text of the demo, and the bigram model it is measured by."""
+"""The text of the demo, and the 3-gram model it is measured by."""
 
 from __future__ import annotations
 
+import collections
+import itertools
 import math
 import sys
 
@@ -43,14 +45,17 @@ def test_spread_takes_from_everywhere():
     assert spread(list("abc"), 7) == list("abc")
 
 
-def test_bigram_loss_against_its_definition():
-    """With counts that dwarf the smoothing it is the conditional entropy: a fair coin after a, certainty after b."""
-    text = torch.tensor(list(b"aab" * 10_000), dtype=torch.uint8)
-    pairs = len(text) - 1
-    after_a = int((text[:-1] == ord("a")).sum())
-    p = int(((text[:-1] == ord("a")) & (text[1:] == ord("b"))).sum()) / after_a
-    entropy = -(p * math.log(p) + (1 - p) * math.log(1 - p)) * after_a / pairs
-    assert training.bigram_loss(text, text) == pytest.approx(entropy, rel=1e-3)
+def test_ngram_loss_against_its_definition():
+    """With counts that dwarf the smoothing it is the conditional entropy: a coin after two equal letters, else an a."""
+    letters = [0, 0]
+    for coin in torch.randint(2, (30_000,)).tolist():
+        letters.append(coin if letters[-1] == letters[-2] else 0)
+    after = collections.Counter(zip(letters, letters[1:], letters[2:], strict=False))
+    before = collections.Counter(itertools.pairwise(letters[:-1]))
+    entropy = -sum(n * math.log(n / before[key[:2]]) for key, n in after.items()) / sum(after.values())
+    text = torch.tensor(letters, dtype=torch.uint8) + ord("a")
+    assert entropy > 0.1
+    assert training.ngram_loss(text, text) == pytest.approx(entropy, rel=2e-3)
 
 
 def test_chunks_are_contiguous_and_from_everywhere():

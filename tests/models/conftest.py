@@ -48,10 +48,10 @@ def decoder_config() -> ModelConfig:
         causal=True,
         norm="rmsnorm",
         activation="swiglu",
-        linear_bias=False,
+        biases=(),
         positions="rope",
         sliding_window=5,
-        sliding_window_every=2,
+        sliding_layers=(0, 2),
     )
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from transformer_fast.models import CausalLM, Encoder, ModelConfig, SentenceEncoder, TokenLayout
-from transformer_fast.models.layers import Attention, AttentionOptions, heads_first
+from transformer_fast.models import Architecture, CausalLM, EncoderModel, ModelConfig, SentenceEncoder, TokenLayout
+from transformer_fast.models.layers import Attention, AttentionOptions
 from transformer_fast.testing import judge
 
 MASKS = {
@@ -20,9 +20,13 @@ MASKS = {
 }
 
 
+def encoder_of(config: ModelConfig) -> EncoderModel:
+    return EncoderModel(Architecture(encoder=config))
+
+
 def plain_attention(query, key, value, layout, options: AttentionOptions):
     """Softmax written out with a dense mask, for dense layouts without a cache."""
-    query, key, value = (heads_first(x, layout) for x in (query, key, value))
+    query, key, value = (layout.heads_first(x) for x in (query, key, value))
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     distance = torch.arange(layout.seqlen)[:, None] - torch.arange(layout.seqlen)
@@ -47,12 +51,12 @@ def jittered_attention(*arguments):
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 def test_packed_and_padded_agree(mask, encoder_config, randomized):
-    encoder = randomized(Encoder(encoder_config))
+    encoder = randomized(encoder_of(encoder_config))
     keep = torch.tensor(mask)
     ids, types = torch.randint(50, keep.shape), torch.randint(2, keep.shape)
-    packed = encoder(ids, keep, types)
-    padded = encoder(ids, keep, types, packed=False)
-    oracle = encoder.double()(ids, keep, types, packed=False)
+    packed = encoder(ids, keep, types).last_hidden_state
+    padded = encoder(ids, keep, types, packed=False).last_hidden_state
+    oracle = encoder.double()(ids, keep, types, packed=False).last_hidden_state
     verdict = judge(packed, oracle, padded, name="packed hidden states")
     assert verdict.passed, str(verdict)
 
@@ -61,7 +65,7 @@ def test_packed_and_padded_agree(mask, encoder_config, randomized):
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 def test_padding_never_reaches_a_result(mask, packed, encoder_config, randomized):
     """Other ids in the padding: not one bit changes, in sentence vectors or gradients."""
-    model = SentenceEncoder(randomized(Encoder(encoder_config)))
+    model = SentenceEncoder(randomized(encoder_of(encoder_config)))
     keep = torch.tensor(mask)
     ids = torch.randint(50, keep.shape)
     results = []
@@ -86,12 +90,12 @@ def test_decoder_against_plain_attention(decoder):
     def logits_and_gradients():
         decoder.zero_grad()
         decoder.loss(ids).backward()
-        return decoder(ids).detach(), torch.cat([p.grad.flatten() for p in decoder.parameters()])
+        return decoder(ids).logits.detach(), torch.cat([p.grad.flatten() for p in decoder.parameters()])
 
     ours = logits_and_gradients()
-    decoder.decoder.set_attention(jittered_attention)
+    decoder.set_attention(jittered_attention)
     plain_runs = [logits_and_gradients() for _ in range(8)]
-    decoder.decoder.set_attention(plain_attention)
+    decoder.set_attention(plain_attention)
     decoder.double()
     oracle = logits_and_gradients()
     for i, name in enumerate(("logits", "gradients")):
@@ -109,33 +113,37 @@ def test_causal_states_do_not_depend_on_later_tokens(decoder):
     ids = torch.randint(50, (1, 20))
     changed = ids.clone()
     changed[0, 12:] = (ids[0, 12:] + 1) % 50
-    before, after = decoder(ids), decoder(changed)
+    before, after = decoder(ids).logits, decoder(changed).logits
     assert torch.equal(before[:, :12], after[:, :12])
     assert not torch.equal(before[:, 12:], after[:, 12:])
 
 
 def test_a_window_forgets_what_lies_behind_it(decoder_config, randomized):
     """Three layers that see 4 tokens back reach 12, and not one more."""
-    model = randomized(CausalLM(replace(decoder_config, sliding_window_every=1)))
+    model = randomized(CausalLM(replace(decoder_config, sliding_layers=None)))
     ids = torch.randint(50, (1, 20))
     near, far = ids.clone(), ids.clone()
     near[0, 19 - 12] = (ids[0, 19 - 12] + 1) % 50
     far[0, 19 - 13] = (ids[0, 19 - 13] + 1) % 50
-    assert not torch.equal(model(ids)[:, -1], model(near)[:, -1])
-    assert torch.equal(model(ids)[:, -1], model(far)[:, -1])
+    assert not torch.equal(model(ids).logits[:, -1], model(near).logits[:, -1])
+    assert torch.equal(model(ids).logits[:, -1], model(far).logits[:, -1])
 
 
 def test_loss_is_the_cross_entropy_of_the_next_token(decoder):
     ids = torch.randint(50, (3, 11))
-    logits = decoder(ids[:, :-1])
+    logits = decoder(ids[:, :-1]).logits
     torch.testing.assert_close(decoder.loss(ids), F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
 
 
 def test_token_types_default_to_the_first(encoder_config, randomized):
-    encoder = randomized(Encoder(encoder_config))
+    encoder = randomized(encoder_of(encoder_config))
     ids = torch.randint(50, (2, 7))
-    assert torch.equal(encoder(ids), encoder(ids, token_type_ids=torch.zeros_like(ids)))
-    assert not torch.equal(encoder(ids), encoder(ids, token_type_ids=torch.ones_like(ids)))
+
+    def states(*arguments, **named):
+        return encoder(*arguments, **named).last_hidden_state
+
+    assert torch.equal(states(ids), states(ids, token_type_ids=torch.zeros_like(ids)))
+    assert not torch.equal(states(ids), states(ids, token_type_ids=torch.ones_like(ids)))
 
 
 def test_layout_of_a_mask():
@@ -177,7 +185,7 @@ def test_other_complaints(encoder_config):
     with pytest.raises(ValueError, match="causal=True"):
         CausalLM(encoder_config)
     with pytest.raises(ValueError, match="max_positions=32"):
-        Encoder(encoder_config)(torch.zeros(1, 33, dtype=torch.int64))
+        encoder_of(encoder_config)(torch.zeros(1, 33, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("name", ["attention_mask", "token_type_ids"])
@@ -187,6 +195,6 @@ def test_a_grid_of_another_shape_is_refused(name: str, shape: tuple[int, int]) -
     config = ModelConfig(
         vocab_size=20, hidden_size=8, num_layers=1, num_heads=2, intermediate_size=8, max_positions=9, token_types=2
     )
-    encoder = Encoder(config)
+    encoder = encoder_of(config)
     with pytest.raises(ValueError, match=rf"{name} has shape .*; allowed: \(2, 6\), as input_ids"):
         encoder(torch.zeros(2, 6, dtype=torch.int64), **{name: torch.ones(shape, dtype=torch.int64)})

@@ -89,7 +89,7 @@ def differences(encoder: SentenceEncoder, batch: TokenBatch) -> list[Difference]
 
     def states(attend: AttentionFunction, backend: str = "auto", packed: bool = False) -> Tensor:
         with computing_with(encoder, attend, backend):
-            return encoder.encoder(*batch, packed=packed)[batch.attention_mask]
+            return encoder.encoder(*batch, packed=packed).last_hidden_state[batch.attention_mask]
 
     ours = states(fused_attention, packed=True)
     reference = states(fused_attention, "reference", packed=True)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transformer_fast.models.layers import AttentionOptions, heads_first
+from transformer_fast.models.layers import AttentionOptions
 from transformer_fast.models.layout import TokenLayout
 
 
@@ -40,7 +40,7 @@ def eager_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, options: AttentionOptions
 ) -> Tensor:
     """Attention written out: scores, mask, softmax, weighted sum."""
-    query, key, value = (heads_first(x, layout) for x in (query, key, value))
+    query, key, value = (layout.heads_first(x) for x in (query, key, value))
     group_size = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group_size, 1), value.repeat_interleave(group_size, 1)
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
@@ -52,7 +52,7 @@ def eager_attention(
 
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, options: AttentionOptions) -> Tensor:
     """``torch.nn.functional.scaled_dot_product_attention``, told what it can be told without a mask."""
-    query, key, value = (heads_first(x, layout) for x in (query, key, value))
+    query, key, value = (layout.heads_first(x) for x in (query, key, value))
     only_causal = options.causal and options.window_size is None and layout.key_padding_mask is None
     out = F.scaled_dot_product_attention(
         query,

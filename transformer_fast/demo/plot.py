@@ -40,7 +40,7 @@ def _draw_losses(axes: Axes, decoder: DecoderResults) -> None:
     axes.plot(range(1, len(smooth) + 1), smooth, color=_OURS, label="training (running mean)")
     steps, losses = zip(*training.validation, strict=True)
     axes.plot(steps, losses, "o-", color="#1d2330", markersize=4, linewidth=1, label="validation")
-    axes.axhline(decoder.bigram, color="#c0281f", linestyle="--", linewidth=1.2, label="byte bigram, validation")
+    axes.axhline(decoder.trigram, color="#c0281f", linestyle="--", linewidth=1.2, label="byte 3-gram, validation")
     axes.set_xlabel("training step")
     axes.set_ylabel("loss, nats a byte")
     axes.set_ylim(bottom=0)

@@ -44,7 +44,7 @@ class DecoderResults:
     training: TrainingResult
     training_bytes: int
     validation_bytes: int
-    bigram: float
+    trigram: float
     prompt: str
     sample: str
     sampled_per_second: float

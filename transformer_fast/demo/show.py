@@ -47,7 +47,7 @@ def show_decoder(console: Console, results: DecoderResults) -> None:
         f"{len(training.losses)} steps in {training.wall_seconds:.0f} s on {threads}, "
         f"{training.tokens_per_second:,.0f} bytes/s. "
         f"Validation loss [bold]{results.validation:.3f}[/] nats a byte (from {training.validation[0][1]:.3f}); "
-        f"a byte bigram model has {results.bigram:.3f}."
+        f"a byte 3-gram model has {results.trigram:.3f}."
     )
     sample = f"[bold]{escape(results.prompt)}[/]{escape(results.sample)}"
     console.print(Panel(sample, title=f"Written by it, {results.sampled_per_second:.0f} bytes/s", title_align="left"))

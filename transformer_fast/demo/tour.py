@@ -19,10 +19,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 from transformer_fast.demo import encoding, plot, report, show, speed, training
 from transformer_fast.demo.results import DecoderResults, DemoResults, EncoderResults
 from transformer_fast.demo.text import Corpus, load_corpus, sentences, spread
-from transformer_fast.generation import Sampling, generate
 from transformer_fast.models import (
-    CausalLM,
+    DecoderModel,
     Tokenizer,
+    from_config,
     load_sentence_encoder,
     minilm_folder,
     save_pretrained,
@@ -125,20 +125,20 @@ def study_encoder(corpus: Corpus, scale: Scale, console: Console) -> EncoderResu
     )
 
 
-def study_decoder(corpus: Corpus, scale: Scale, console: Console) -> tuple[CausalLM, DecoderResults]:
+def study_decoder(corpus: Corpus, scale: Scale, console: Console) -> tuple[DecoderModel, DecoderResults]:
     """A decoder trained on the corpus, and what it writes."""
     torch.manual_seed(scale.plan.seed)
-    config = training.DECODER
-    model = CausalLM(config)
+    model = from_config(training.DECODER)
+    config = model.config
     learned, unseen = training.to_bytes(corpus.training), training.to_bytes(corpus.validation)
-    bigram = training.bigram_loss(learned, unseen)
+    trigram = training.ngram_loss(learned, unseen)
     trial = learned[: scale.plan.context + 1].long().expand(scale.plan.batch, -1)
     with training.quickest_threads(lambda: model.loss(trial).backward()), _progress(console) as progress:
         task = progress.add_task("training", total=1.0, info="")
 
         def on_step(done: float, result: training.TrainingResult) -> None:
             loss = plot.running_mean(result.losses[-50:], 50)[-1]
-            info = f"loss {loss:.3f}, validation {result.validation[-1][1]:.3f} (bigram {bigram:.3f})"
+            info = f"loss {loss:.3f}, validation {result.validation[-1][1]:.3f} (3-gram {trigram:.3f})"
             progress.update(task, completed=done, info=info)
 
         result = training.train(model, learned, unseen, scale.plan, on_step)
@@ -150,12 +150,12 @@ def study_decoder(corpus: Corpus, scale: Scale, console: Console) -> tuple[Causa
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         description=(
             f"{config.num_layers} layers of {config.num_heads} heads over {config.num_kv_heads}, rotary positions, "
-            f"a window of {config.sliding_window} bytes on every other layer, trained on {scale.plan.context} at a time"
+            f"a window of {config.sliding_window} bytes, trained on {scale.plan.context} at a time"
         ),
         training=result,
         training_bytes=len(learned),
         validation_bytes=len(unseen),
-        bigram=bigram,
+        trigram=trigram,
         prompt=PROMPT,
         sample=sample,
         sampled_per_second=sampled_per_second,
@@ -164,20 +164,23 @@ def study_decoder(corpus: Corpus, scale: Scale, console: Console) -> tuple[Causa
     )
 
 
-def write_sample(model: CausalLM, number: int, progress: Progress) -> tuple[str, float]:
+def write_sample(model: DecoderModel, number: int, progress: Progress) -> tuple[str, float]:
     """``number`` bytes after the prompt, and bytes a second."""
     task = progress.add_task("writing", total=number, info=f"{number} bytes")
     started = time.perf_counter()
-    sample = generate(
-        model,
-        torch.tensor([list(PROMPT.encode())]),
+    prompt = torch.tensor([list(PROMPT.encode())])
+    sample = model.generate(
+        prompt,
         max_new_tokens=number,
-        sampling=Sampling(temperature=0.7, top_k=40, seed=0),
+        do_sample=True,
+        temperature=0.7,
+        top_k=40,
+        seed=0,
         on_tokens=lambda _: progress.advance(task),
     )
     per_second = number / (time.perf_counter() - started)
     # Bytes that are no text, of characters cut in two, come out as replacement marks.
-    return bytes(sample[0].tolist()).decode(errors="replace"), per_second
+    return bytes(sample[0, prompt.shape[1] :].tolist()).decode(errors="replace"), per_second
 
 
 def write(results: DemoResults, output_dir: Path) -> dict[str, Path]:

@@ -1,7 +1,7 @@
-"""Generating text: the cache of keys and values, sampling, and the loop."""
+"""Generating text: caches of keys and values, choosing tokens, and the loop."""
 
-from transformer_fast.generation.cache import KVCache
+from transformer_fast.generation.cache import CacheShape, CrossCache, KVCache
+from transformer_fast.generation.config import GenerationConfig
 from transformer_fast.generation.generate import generate
-from transformer_fast.generation.sampling import Sampling, next_tokens
 
-__all__ = ["KVCache", "Sampling", "generate", "next_tokens"]
+__all__ = ["CacheShape", "CrossCache", "GenerationConfig", "KVCache", "generate"]

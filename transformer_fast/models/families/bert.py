@@ -1,84 +1,147 @@
-"""BERT encoders, as Hugging Face's ``BertModel`` saves them (MiniLM sentence encoders among them)."""
+"""BERT (Devlin et al., 2019) and RoBERTa (Liu et al., 2019), MiniLM sentence encoders among them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from transformer_fast.checkpoints import KeyMap
-from transformer_fast.models.config import ModelConfig
-from transformer_fast.models.families.family import Family
-from transformer_fast.models.stack import Encoder
+from transformer_fast.models.config import Architecture, HeadConfig, HeadKind, ModelConfig
+from transformer_fast.models.families.family import (
+    Family,
+    Names,
+    Tensors,
+    Values,
+    activation,
+    classes,
+    head_kind,
+    require,
+)
 
-# Ours, theirs: linear layers and norms, which both have a weight and a bias.
-_EMBEDDINGS = {"embeddings.norm": "embeddings.LayerNorm"}
-_LAYER = {
-    "attention.out": "attention.output.dense",
-    "attention_norm": "attention.output.LayerNorm",
-    "mlp.up": "intermediate.dense",
-    "mlp.down": "output.dense",
-    "mlp_norm": "output.LayerNorm",
+_KINDS: dict[str, HeadKind] = {
+    "Model": "none",
+    "ForMaskedLM": "masked",
+    "ForPreTraining": "pretraining",
+    "ForSequenceClassification": "sequence",
+    "ForTokenClassification": "token",
+    "ForQuestionAnswering": "question",
 }
-_TABLES = {
-    "embeddings.tokens.weight": "embeddings.word_embeddings.weight",
-    "embeddings.positions.weight": "embeddings.position_embeddings.weight",
-    "embeddings.types.weight": "embeddings.token_type_embeddings.weight",
+_NAMES: Names = {
+    "encoder.embeddings.tokens": "embeddings.word_embeddings",
+    "encoder.embeddings.positions": "embeddings.position_embeddings",
+    "encoder.embeddings.types": "embeddings.token_type_embeddings",
+    "encoder.embeddings.norm": "embeddings.LayerNorm",
+    "encoder.blocks.{i}.attention.qkv": (
+        "encoder.layer.{i}.attention.self.query",
+        "encoder.layer.{i}.attention.self.key",
+        "encoder.layer.{i}.attention.self.value",
+    ),
+    "encoder.blocks.{i}.attention.out": "encoder.layer.{i}.attention.output.dense",
+    "encoder.blocks.{i}.attention_norm": "encoder.layer.{i}.attention.output.LayerNorm",
+    "encoder.blocks.{i}.mlp.up": "encoder.layer.{i}.intermediate.dense",
+    "encoder.blocks.{i}.mlp.down": "encoder.layer.{i}.output.dense",
+    "encoder.blocks.{i}.mlp_norm": "encoder.layer.{i}.output.LayerNorm",
+    "head.pooler": "pooler.dense",
 }
+_MASKED: Names = {
+    "head.dense": "cls.predictions.transform.dense",
+    "head.norm": "cls.predictions.transform.LayerNorm",
+    "head.weight": "cls.predictions.decoder.weight",
+    "head.bias": "cls.predictions.bias",
+}
+#: 0, 1, 2, ...: older files hold the index that newer ones compute.
+_INDEX = r"embeddings\.position_ids"
+_POOLER = r"pooler\.dense\.(weight|bias)"
 
 
-def read_config(values: Mapping[str, Any]) -> ModelConfig:
-    """From a BERT config.json."""
-    _require(values, "hidden_act", "gelu", default="gelu")
-    _require(values, "position_embedding_type", "absolute", default="absolute")
-    _require(values, "is_decoder", False, default=False)
-    return ModelConfig(
-        vocab_size=values["vocab_size"],
-        hidden_size=values["hidden_size"],
-        num_layers=values["num_hidden_layers"],
-        num_heads=values["num_attention_heads"],
-        intermediate_size=values["intermediate_size"],
-        max_positions=values["max_position_embeddings"],
-        norm="layernorm",
-        norm_placement="post",
-        norm_eps=values.get("layer_norm_eps", 1e-12),
-        activation="gelu",
-        positions="learned",
-        token_types=values["type_vocab_size"],
-        embedding_norm=True,
-        initializer_range=values.get("initializer_range", 0.02),
+def _stack(values: Values, **changes: Any) -> ModelConfig:
+    require(values, position_embedding_type="absolute", is_decoder=False)
+    settings = {
+        "vocab_size": values["vocab_size"],
+        "hidden_size": values["hidden_size"],
+        "num_layers": values["num_hidden_layers"],
+        "num_heads": values["num_attention_heads"],
+        "intermediate_size": values["intermediate_size"],
+        "max_positions": values["max_position_embeddings"],
+        "norm_placement": "post",
+        "norm_eps": values.get("layer_norm_eps", 1e-12),
+        "activation": activation(values.get("hidden_act", "gelu")),
+        "padding_id": values.get("pad_token_id", 0),
+        "token_types": values.get("type_vocab_size", 2),
+        "embedding_norm": True,
+        "dropout": values.get("hidden_dropout_prob", 0.1),
+        "attention_dropout": values.get("attention_probs_dropout_prob", 0.1),
+        "initializer_range": values.get("initializer_range", 0.02),
+    }
+    return ModelConfig(**{**settings, **changes})
+
+
+def _head(values: Values, tensors: Tensors, prefix: str, decoder: str) -> HeadConfig:
+    kind = head_kind(values, {prefix + name: kind for name, kind in _KINDS.items()})
+    dropout = values.get("classifier_dropout")
+    # A base model is saved with its pooler or without.
+    pooled = kind == "pretraining" or (kind == "none" and "pooler.dense.weight" in tensors)
+    return HeadConfig(
+        kind,
+        pooler=pooled,
+        tied=values.get("tie_word_embeddings", True) and kind in ("masked", "pretraining"),
+        transform=activation(values.get("hidden_act", "gelu")) if prefix == "Bert" else "gelu",
+        bias=True,
+        dense="tanh" if kind == "sequence" else None,
+        dropout=values.get("hidden_dropout_prob", 0.1) if dropout is None else dropout,
+        **classes(values),
     )
 
 
-def key_map(config: ModelConfig) -> KeyMap:
-    """Our encoder's parameter names to those of ``BertModel``; query, key and value are one matrix here."""
-    names: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in _TABLES.items()}
-    modules: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in _EMBEDDINGS.items()}
-    for i in range(config.num_layers):
-        theirs_at = f"encoder.layer.{i}."
-        modules |= {f"blocks.{i}.{ours}": (theirs_at + theirs,) for ours, theirs in _LAYER.items()}
-        modules[f"blocks.{i}.attention.qkv"] = tuple(
-            f"{theirs_at}attention.self.{part}" for part in ("query", "key", "value")
-        )
-    for kind in ("weight", "bias"):
-        names |= {f"{ours}.{kind}": tuple(f"{t}.{kind}" for t in theirs) for ours, theirs in modules.items()}
-    return names
+def read_bert(values: Values, tensors: Tensors) -> Architecture:
+    """From a BERT config.json."""
+    return Architecture(encoder=_stack(values), head=_head(values, tensors, "Bert", ""), values=values)
 
 
-def _require(values: Mapping[str, Any], name: str, supported: object, default: object) -> None:
-    given = values.get(name, default)
-    if given != supported:
-        raise ValueError(f"BERT checkpoints with {name}={given!r} are not supported; only {supported!r}")
+def read_roberta(values: Values, tensors: Tensors) -> Architecture:
+    """From a RoBERTa config.json: positions begin behind the pad id, and padding stays on it."""
+    pad = values.get("pad_token_id", 1)
+    positions = values["max_position_embeddings"] - pad - 1
+    stack = _stack(values, max_positions=positions, position_offset=pad + 1, positions_from_pad=pad)
+    return Architecture(encoder=stack, head=_head(values, tensors, "Roberta", ""), values=values)
 
 
 BERT = Family(
     model_type="bert",
-    read_config=read_config,
-    build=Encoder,
-    key_map=key_map,
-    unused_keys=(
-        # 0, 1, 2, ...: older files hold the index that newer ones compute.
-        r"embeddings\.position_ids",
-        # The first token's output for next-sentence prediction; hidden states do not go through it.
-        r"pooler\.dense\.(weight|bias)",
-    ),
+    read=read_bert,
+    names=_NAMES,
+    heads={
+        "masked": _MASKED,
+        "pretraining": {**_MASKED, "head.relationship": "cls.seq_relationship"},
+        "sequence": {"head.dense": "bert.pooler.dense", "head.out": "classifier"},
+        "token": {"head.out": "classifier"},
+        "question": {"head.out": "qa_outputs"},
+    },
+    prefix="bert.",
+    stray=(_INDEX, _POOLER, r"cls\.seq_relationship\.(weight|bias)"),
+    others={
+        "encoder.embeddings.tokens.weight": ("cls.predictions.decoder.weight",),
+        "head.bias": ("cls.predictions.decoder.bias",),
+    },
+)
+
+ROBERTA = Family(
+    model_type="roberta",
+    read=read_roberta,
+    names=_NAMES,
+    heads={
+        "masked": {
+            "head.dense": "lm_head.dense",
+            "head.norm": "lm_head.layer_norm",
+            "head.weight": "lm_head.decoder.weight",
+            "head.bias": "lm_head.bias",
+        },
+        "sequence": {"head.dense": "classifier.dense", "head.out": "classifier.out_proj"},
+        "token": {"head.out": "classifier"},
+        "question": {"head.out": "qa_outputs"},
+    },
+    prefix="roberta.",
+    stray=(_INDEX, _POOLER),
+    others={
+        "encoder.embeddings.tokens.weight": ("lm_head.decoder.weight",),
+        "head.bias": ("lm_head.decoder.bias",),
+    },
 )

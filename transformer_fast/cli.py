@@ -1,4 +1,4 @@
-"""The command line: `transformer-fast info | verify | bench | kernels | demo`.
+"""The command line: `transformer-fast info | verify | bench | kernels | demo`, and what models are for (`tasks`).
 
 Exit status: 0 all right, 1 something is wrong (a failed check, a wrong result), 2 wrong usage.
 """
@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from transformer_fast.tasks.commands import register
 
 if TYPE_CHECKING:  # what is slow to import is imported by the command that needs it
     from transformer_fast.benchmarks import Row
@@ -397,6 +399,8 @@ def _set_threads(threads: int | None) -> None:
 
         torch.set_num_threads(threads)
 
+
+register(app)  # generate, classify, tag, answer, summarize, translate, transcribe, embed
 
 if __name__ == "__main__":
     main()

@@ -47,7 +47,7 @@ def from_pretrained(
         FileNotFoundError, CheckpointError, ValueError: there is no such model; the message says why.
     """
     parse_options(backend=backend)  # raises before the weights are read, not at the first call
-    folder = _folder(path)
+    folder = checkpoint_folder(path)
     values = checkpoints.read_config(folder)
     family = family_of(values)
     checkpoint = checkpoints.Checkpoint(folder, family.prefix)
@@ -95,7 +95,7 @@ def _build(family: Family, values: Mapping[str, Any], tensors: Mapping[str, Tens
         return build(architecture)
 
 
-def _folder(path: str | Path) -> Path:
+def checkpoint_folder(path: str | Path) -> Path:
     """A local folder as it is; a hub id, downloaded."""
     folder = Path(path)
     if folder.exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
 
 # A wrong checkpoint differs in hundreds of names; the first few tell the story.
 _NAMES_SHOWN = 8
@@ -95,8 +96,10 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors file of a folder, or its shards."""
     index = folder / INDEX_FILE
     if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        files = [folder / name for name in names]
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise CheckpointError(f"{index} has no weight_map of file names")
+        files = [folder / name for name in sorted(set(places.values()))]
     else:
         files = [folder / WEIGHTS_FILE]
     absent = [str(file) for file in files if not file.is_file()]
@@ -180,6 +183,8 @@ def load_into(
     _check_names(missing, unexpected)
     for name, old in wanted.items():
         tensor = _assemble(name, old.shape, key_map[name], checkpoint, dtype)
+        if not tensor.dtype.is_floating_point:
+            raise CheckpointError(f"{key_map[name].names[0]} is {tensor.dtype}; allowed: floating point, not quantized")
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if leaf in module._parameters:
@@ -266,12 +271,20 @@ def export_state_dict(model: Model, tensors: Mapping[str, Tensor] | None = None)
     return found
 
 
-def save(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write ``config`` and ``tensors``. The files appear whole or not at all, over older ones too."""
+def save(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], more: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Write ``config`` and ``tensors``, and ``more`` JSON files by name, in place of an older checkpoint's.
+
+    Each file appears whole or not at all.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    unfinished = folder / f"{WEIGHTS_FILE}.unfinished"
+    unfinished = folder / "unfinished"
     _safetensors().save_file(weights, unfinished, metadata={"format": "pt"})
     os.replace(unfinished, folder / WEIGHTS_FILE)
-    (folder / INDEX_FILE).unlink(missing_ok=True)
-    (folder / CONFIG_FILE).write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
+    for old in (folder / INDEX_FILE, *folder.glob("model-*-of-*.safetensors")):
+        old.unlink(missing_ok=True)
+    for name, values in {CONFIG_FILE: config, **more}.items():
+        unfinished.write_text(json.dumps(dict(values), indent=2) + "\n", encoding="utf-8")
+        os.replace(unfinished, folder / name)

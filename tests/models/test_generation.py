@@ -93,5 +93,5 @@ def test_complaints(decoder):
     with pytest.raises(TypeError, match="unknown generation option: colour"):
         generate(decoder, ids, colour="red")
     cache = decoder(ids, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="hides new tokens"):
+    with pytest.raises(ValueError, match="hides other tokens"):
         decoder(ids[:, :1], torch.zeros(1, 5), past_key_values=cache)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -41,7 +41,18 @@ class ContinuousBatch:
     def __init__(self, model: DecoderModel, *, num_pages: int, page_size: int = 64, max_batch: int = 8) -> None:
         if max_batch < 1:
             raise ValueError(f"max_batch={max_batch} must be at least 1")
+        config = getattr(model, "config", None)
+        positions = None if config is None else config.positions
+        if not hasattr(model, "next_token_logits") or positions == "relative":
+            raise TypeError(
+                f"model is a {type(model).__name__} with positions={positions!r}; "
+                "allowed: a decoder-only model without relative positions"
+            )
         self.model, self.max_batch = model, max_batch
+        #: Tokens of a sequence that there are pages and positions for.
+        self.room = num_pages * page_size
+        if config is not None and positions == "learned":
+            self.room = min(self.room, config.max_positions)
         self.cache = PagedCache(num_pages, page_size, model.cache_shapes(), device=model.device, dtype=model.dtype)
         self.submitted, self.preemptions = 0, 0
         self._waiting: deque[_Request] = deque()
@@ -55,12 +66,12 @@ class ContinuousBatch:
         Returns:
             the number that its tokens are found by.
         """
-        ids, room = [int(i) for i in prompt_ids], self.cache.num_pages * self.cache.page_size
+        ids = [int(i) for i in prompt_ids]
         length = len(ids) + max_new_tokens
-        if not ids or max_new_tokens < 1 or length - 1 > room:  # the last token is not fed back
+        if not ids or max_new_tokens < 1 or length - 1 > self.room:  # the last token is not fed back
             raise ValueError(
                 f"{len(ids)} prompt_ids and max_new_tokens={max_new_tokens}; "
-                f"allowed: at least 1 of each, and {room + 1} together, for which there are pages"
+                f"allowed: at least 1 of each, and {self.room + 1} together, for which there are pages and positions"
             )
         self._waiting.append(_Request(self.submitted, ids, len(ids), length, frozenset(eos_token_ids)))
         self.submitted += 1
@@ -95,7 +106,7 @@ class ContinuousBatch:
         done, self._done = self._done, {}
         return done
 
-    def _next_tokens(self, new_ids: list[list[int]], cache: Any) -> list[int]:
+    def _next_tokens(self, new_ids: list[list[int]], cache: PagedBatch) -> list[int]:
         """The most likely token of each sequence after its new ids; waits for the device."""
         logits = self.model.next_token_logits(torch.tensor(new_ids, device=self.model.device), cache=cache)
         return [int(token) for token in logits.argmax(-1).tolist()]

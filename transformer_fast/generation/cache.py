@@ -89,7 +89,7 @@ def _write(buffer: Tensor, key: Tensor, value: Tensor, places: tuple[Tensor | No
     """Rows into a buffer ``(2, batch, heads, slots, head_dim)``; a cache takes no part in gradients."""
     rows, where = places
     for part, new in zip(buffer, (key.detach(), value.detach()), strict=True):
-        part[where] = new if rows is None else new[rows]
+        part[where] = (new if rows is None else new[rows]).to(part.dtype)  # autocast leaves keys wide
 
 
 class KVCache:
@@ -124,6 +124,10 @@ class KVCache:
         self.buffers: list[Tensor | None] = [None] * len(self.layers)
         self.seqlens = torch.zeros(batch, dtype=torch.int32, device=device)
         self.max_seqlen = 0
+        #: Columns of the grids so far, which of the first one's were padding (False), and whether positions are counted
+        #: by each sequence's tokens; a model's ``forward`` goes by columns.
+        self.columns, self.by_token = 0, False
+        self.padding: Tensor | None = None
         self._highest: Tensor | None = None  # lengths before tokens were taken back, where some were
         self._step: _Step | None = None
 
@@ -147,6 +151,9 @@ class KVCache:
         if not self.is_empty and (layout.cu_seqlens is not None or layout.key_padding_mask is not None):
             raise ValueError("an attention_mask is for the first prompt; a cache that is in use takes unpadded tokens")
         self._step = _Step(layout, self.seqlens, is_first=self.is_empty)
+        if self.is_empty:
+            self.padding = layout.mask
+        self.columns += layout.seqlen
         self.seqlens = self._step.seqlens
         self.max_seqlen += layout.max_seqlen
         if self.max_seqlen > self.capacity:
@@ -172,7 +179,7 @@ class KVCache:
         Returns:
             ``(tokens, num_heads, head_dim)``.
         """
-        step, buffer, ring = self._step, self._buffer(layer), self._ring(layer)
+        step, buffer, ring = self._step, self._buffer(layer, value.dtype), self._ring(layer)
         assert step is not None, "extend() comes before attend()"
         how = options.arguments()
         if step.is_first:  # nothing to read back
@@ -208,7 +215,7 @@ class KVCache:
         if bias is not None:
             raise NotImplementedError(f"layer {layer} has a bias and a window of {window} tokens; allowed: one of them")
 
-    def _buffer(self, layer: int) -> Tensor:
+    def _buffer(self, layer: int, dtype: torch.dtype) -> Tensor:
         """The layer's buffer, allocated or grown when it is too small. A ring that grows has not been filled yet."""
         shape, old = self.layers[layer], self.buffers[layer]
         slots = min(self.capacity, self._ring(layer) or self.capacity)
@@ -216,7 +223,7 @@ class KVCache:
             return old
         # Not read before it is written: the slots past seqlens need no value.
         size = (2, self.batch, shape.num_kv_heads, slots, shape.head_dim)
-        buffer = torch.empty(size, device=self.device, dtype=self.dtype)
+        buffer = torch.empty(size, device=self.device, dtype=dtype)  # autocast's, where it is on
         if old is not None:
             buffer[:, :, :, : old.shape[3]] = old
         self.buffers[layer] = buffer
@@ -251,6 +258,7 @@ class KVCache:
                 self.buffers[layer] = new
         self.batch, self.seqlens, self._step = len(index), self.seqlens[index], None
         self._highest = None if self._highest is None else self._highest[index]
+        self.padding = None if self.padding is None else self.padding[index]
 
     def crop(self, seqlens: Tensor | Sequence[int]) -> None:
         """Forget what comes after these many tokens of each sequence ``(batch,)``. Waits for the device.
@@ -273,7 +281,8 @@ class KVCache:
                         f"allowed: at most slack={self.slack} fewer than there have been"
                     )
         self.seqlens, self._highest, self._step = wanted, highest, None
-        self.max_seqlen = max(length for length, _ in lengths)
+        before, self.max_seqlen = self.max_seqlen, max(length for length, _ in lengths)
+        self.columns -= before - self.max_seqlen
 
 
 class CrossCache:

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transformer_fast.generation.cache import KVCache
 from transformer_fast.generation.config import GenerationConfig, as_ids
 from transformer_fast.generation.search import beam_search, sample_search
+from transformer_fast.generation.speculative import speculative_search
 from transformer_fast.models.layers import Context
 from transformer_fast.models.model import DecoderModel, Model, Seq2SeqModel
 
@@ -24,6 +26,9 @@ def generate(
     config: GenerationConfig | None = None,
     on_tokens: Callable[[Tensor], None] | None = None,
     use_cache: bool = True,
+    draft_model: DecoderModel | None = None,
+    prompt_lookup: int | None = None,
+    num_draft_tokens: int = 4,
     **options: Any,
 ) -> Tensor:
     """Continue each prompt, or decode what the encoder reads.
@@ -31,14 +36,19 @@ def generate(
     Args:
         model: with a language head.
         inputs: ``(batch, seqlen)`` ids, or ``(batch, mel bins, frames)`` features for models of audio.
-        attention_mask: ``(batch, seqlen)`` of ids of unequal length, padded on either side. Without one, the padding
-            token is padding, unless it ends sequences too.
-        decoder_input_ids: ``(batch, length)``, what the decoder of an encoder-decoder begins with; default its start
-            token.
+        attention_mask: ``(batch, seqlen)`` of ids of unequal length, padded on either side. Without one, a
+            decoder-only model takes the padding token as padding, unless it ends sequences too.
+        decoder_input_ids: ``(batch, length)``, what the decoder of an encoder-decoder begins with, after its start
+            token, which is put before them where none has it (but not in models of audio).
         config: how to generate; default what the checkpoint says.
         on_tokens: called with each step's tokens ``(rows,)``, for streaming; not with beams.
         use_cache: keep keys and values, or compute all of the sequence again for each token
             (the definition that the cached path is tested against).
+        draft_model: a quicker model of the same vocabulary, which proposes ``num_draft_tokens`` at a time for ``model``
+            to check in one pass; for decoder-only models, without beams. Greedy ids are the same, and draws have the
+            same distribution. ``on_tokens`` gets a column once all rows have come so far.
+        prompt_lookup: in place of a draft model: proposed is what followed where the sequence had its last so many
+            tokens before, or fewer of them.
         options: of :class:`GenerationConfig`, in place of the config's.
 
     Returns:
@@ -51,17 +61,38 @@ def generate(
     if settings.num_beams > 1 and on_tokens is not None:
         raise ValueError(f"on_tokens with num_beams={settings.num_beams}: beams have no token until the end")
     if inputs.dim() == 2:
-        attention_mask = _checked_mask(inputs, attention_mask, settings)
+        infers = isinstance(model, DecoderModel)  # for encoders transformers does not, and neither do we
+        attention_mask = _checked_mask(inputs, attention_mask, settings, infers=infers)
     if isinstance(model, DecoderModel):
         ids = inputs
     else:
-        ids = _decoder_start(decoder_input_ids, len(inputs), settings, inputs.device)
+        ids = _decoder_start(decoder_input_ids, inputs, settings)
     limit = settings.length_limit(
         ids.shape[1], model.config.max_positions if model.config.positions == "learned" else None
     )
-    if model.config.positions == "learned" and limit - 1 > model.config.max_positions:
-        raise ValueError(f"a length of {limit} is more than the model's max_positions={model.config.max_positions}")
+    _check_positions("model", model, limit)
+    settings = settings.replace(max_new_tokens=limit - ids.shape[1])  # the default depends on the model
     repeats = settings.rows_per_prompt
+    if draft_model is not None or prompt_lookup is not None:
+        if not isinstance(model, DecoderModel) or settings.num_beams > 1 or not use_cache:
+            raise ValueError(
+                f"draft_model or prompt_lookup with a {type(model).__name__}, num_beams={settings.num_beams}, "
+                f"use_cache={use_cache}; allowed: a DecoderModel, without beams, with the cache"
+            )
+        if draft_model is not None:
+            _check_positions("draft_model", draft_model, limit)
+        ids = ids.repeat_interleave(repeats, 0)
+        mask = None if attention_mask is None else attention_mask.repeat_interleave(repeats, 0)
+        return speculative_search(
+            model,
+            ids,
+            mask,
+            settings,
+            draft_model=draft_model,
+            prompt_lookup=prompt_lookup,
+            num_draft_tokens=num_draft_tokens,
+            on_tokens=on_tokens,
+        ).ids
     steps = _DecoderSteps if isinstance(model, DecoderModel) else _Seq2SeqSteps
     stepper = steps(model, inputs, attention_mask, ids, repeats, limit if use_cache else 0)
     ids = ids.repeat_interleave(repeats, 0)
@@ -70,11 +101,17 @@ def generate(
     return sample_search(stepper, ids, settings, on_tokens)
 
 
-def _checked_mask(ids: Tensor, mask: Tensor | None, settings: GenerationConfig) -> Tensor | None:
+def _checked_mask(ids: Tensor, mask: Tensor | None, settings: GenerationConfig, *, infers: bool) -> Tensor | None:
     if 0 in ids.shape:
         raise ValueError(f"input_ids must be (batch, seqlen) with at least one token, not {tuple(ids.shape)}")
     pad = settings.pad_token_id
-    if mask is None and pad is not None and pad not in as_ids(settings.eos_token_id) and bool((ids == pad).any()):
+    if (
+        infers
+        and mask is None
+        and pad is not None
+        and pad not in as_ids(settings.eos_token_id)
+        and bool((ids == pad).any())
+    ):
         mask = ids != pad
     if mask is not None:
         if mask.shape != ids.shape:
@@ -84,15 +121,24 @@ def _checked_mask(ids: Tensor, mask: Tensor | None, settings: GenerationConfig) 
     return mask
 
 
-def _decoder_start(given: Tensor | None, batch: int, settings: GenerationConfig, device: torch.device) -> Tensor:
+def _check_positions(name: str, model: Model, limit: int) -> None:
+    longest = model.config.max_positions
+    if model.config.positions == "learned" and limit - 1 > longest:  # the last token is not fed back
+        raise ValueError(f"a length of {limit} is more than the {name}'s max_positions={longest}")
+
+
+def _decoder_start(given: Tensor | None, inputs: Tensor, settings: GenerationConfig) -> Tensor:
     """``(batch, length)``: what the decoder begins with."""
-    if given is not None:
-        return given
     start = settings.decoder_start_token_id
     start = settings.bos_token_id if start is None else start
+    if given is not None and (given.dim() != 2 or given.shape[0] != len(inputs) or given.shape[1] == 0):
+        raise ValueError(f"decoder_input_ids has shape {tuple(given.shape)}; allowed: ({len(inputs)}, length)")
+    if given is not None and (inputs.dim() != 2 or start is None or bool((given[:, 0] == start).any())):
+        return given
     if start is None:
         raise ValueError("there is no decoder_start_token_id: give it, or decoder_input_ids")
-    return torch.full((batch, 1), start, dtype=torch.int64, device=device)
+    first = torch.full((len(inputs), 1), start, dtype=torch.int64, device=inputs.device)
+    return first if given is None else torch.cat((first, given), 1)
 
 
 class _Steps:
@@ -175,7 +221,7 @@ class _Seq2SeqSteps(_Steps):
         # Rows of one prompt read the same memory, whichever changes places with which: only their number matters.
         changed, self.rows = len(index) != self.rows, len(index)
         context = self.context
-        if context is not None and context.cache is not None and context.cross_cache is not None:
+        if context is not None and isinstance(context.cache, KVCache) and context.cross_cache is not None:
             context.cache.reorder(index)
             if changed:
                 context.cross_cache.reorder(index)

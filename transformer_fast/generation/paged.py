@@ -148,6 +148,8 @@ class PagedBatch:
         if len({id(sequence) for sequence in sequences}) < len(sequences):
             raise ValueError("sequences has one of them twice")
         self.cache, self.sequences = cache, list(sequences)
+        # Positions are counted by each sequence's tokens.
+        self.by_token, self.columns, self.padding = True, 0, None
         self._lengths = [sequence.length for sequence in sequences]
         if min(self._lengths, default=-1) < 0:
             raise ValueError("sequences has none or a closed one; allowed: one or more that are open")
@@ -205,7 +207,7 @@ class PagedBatch:
         if bias is not None:
             raise NotImplementedError("a paged cache takes no bias")
         keys, values = self.cache.buffers[layer]
-        keys[self._where], values[self._where] = key.detach(), value.detach()
+        keys[self._where], values[self._where] = key.detach().to(keys.dtype), value.detach().to(values.dtype)
         if layer == len(self.cache.buffers) - 1:
             for sequence in self.sequences:
                 self.cache.publish(sequence)

@@ -36,7 +36,10 @@ class Embeddings(nn.Module):
         self.norm = build_norm(config) if config.embedding_norm else None
 
     def forward(self, input_ids: Tensor, positions: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        """``(tokens,)`` ids, positions and types to ``(tokens, d)``; types default to 0, or to none at all (GPT)."""
+        """``(tokens,)`` ids, positions and types to ``(tokens, d)``.
+
+        Types default to 0, or in GPT to none; a model without types ignores them.
+        """
         config = self.config
         x = self.tokens(input_ids)
         if config.embedding_scale != 1.0:
@@ -44,7 +47,7 @@ class Embeddings(nn.Module):
             x = x * (torch.tensor(scale, dtype=x.dtype, device=x.device) if config.rounded_scale else scale)
         if self.types is not None:
             x = x + (self.types.weight[0] if token_type_ids is None else self.types(token_type_ids))
-        elif token_type_ids is not None:
+        elif token_type_ids is not None and config.types_are_tokens:
             x = x + self.tokens(token_type_ids)
         if self.positions is not None:
             x = x + self.positions(positions + config.position_offset)

@@ -58,9 +58,9 @@ class Head(nn.Module):
         self.pooler = nn.Linear(size, size) if self.config.pooler else None
         self.dropout = nn.Dropout(self.config.dropout)
 
-    def needs_padding(self, keep: Tensor, targets: Targets) -> bool:
+    def needs_padding(self, ids: Tensor, keep: Tensor, targets: Targets) -> bool:
         """Whether the results depend on tokens that the ``(batch, seqlen)`` mask leaves out: then they are computed."""
-        del targets
+        del ids, targets
         return self.pooler is not None and not bool(keep[:, 0].all())
 
     def pooled(self, rows: Tensor, layout: TokenLayout) -> Tensor:
@@ -104,7 +104,7 @@ class LanguageHead(Head):
         else:
             self.register_buffer("bias", bias)
 
-    def needs_padding(self, keep: Tensor, targets: Targets) -> bool:
+    def needs_padding(self, ids: Tensor, keep: Tensor, targets: Targets) -> bool:
         """Labels at padding count in the public classes' loss, so they do here; nobody means them to."""
         labels = targets.get("labels")
         if labels is not None:
@@ -114,7 +114,7 @@ class LanguageHead(Head):
                     f"labels has labels at padding: it is computed, and counts. Set them to {IGNORED}", stacklevel=3
                 )
                 return True
-        return super().needs_padding(keep, targets)
+        return super().needs_padding(ids, keep, targets)
 
     def transformed(self, rows: Tensor) -> Tensor:
         """What the vocabulary projection reads ``(tokens, d)``."""
@@ -130,6 +130,9 @@ class LanguageHead(Head):
 
     def row_labels(self, labels: Tensor, layout: TokenLayout) -> Tensor:
         """``(batch, seqlen)`` labels to those of the rows ``(tokens,)``."""
+        if labels.shape != (layout.batch, layout.seqlen):
+            allowed = (layout.batch, layout.seqlen)
+            raise ValueError(f"labels has shape {tuple(labels.shape)}; allowed: {allowed}, a label for each token")
         return layout.take_rows(F.pad(labels, (0, self.next_label), value=IGNORED)[:, self.next_label :])
 
     def loss(self, rows: Tensor, labels: Tensor) -> Tensor:
@@ -142,7 +145,8 @@ class LanguageHead(Head):
         logits = self.logits(rows)
         found: Results = {"logits": layout.to_grid(logits)}
         if "labels" in targets:
-            found["loss"] = F.cross_entropy(logits.float(), self.row_labels(targets["labels"], layout))
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            found["loss"] = F.cross_entropy(wide, self.row_labels(targets["labels"], layout))
         return found
 
 
@@ -177,15 +181,16 @@ class SequenceHead(Head):
         self.dense = nn.Linear(size, size) if config.dense else None
         self.out = nn.Linear(size, config.num_labels, bias=config.bias)
 
-    def needs_padding(self, keep: Tensor, targets: Targets) -> bool:
-        """The first column stands for the sequence, whatever it holds."""
-        return self.config.pick == "first" and not bool(keep[:, 0].all())
+    def needs_padding(self, ids: Tensor, keep: Tensor, targets: Targets) -> bool:
+        """The column that stands for the sequence does so, whatever it holds."""
+        columns = self._columns(ids)
+        return not bool(keep.bool().gather(1, columns[:, None]).all())
 
-    def _columns(self, layout: TokenLayout, ids: Tensor | None) -> Tensor:
-        """The column ``(batch,)`` that stands for each sequence."""
-        device = layout.positions.device
-        if self.config.pick == "first" or ids is None:
-            return torch.zeros(layout.batch, dtype=torch.int64, device=device)
+    def _columns(self, ids: Tensor) -> Tensor:
+        """The column ``(batch,)`` of ``ids`` ``(batch, seqlen)`` that stands for each sequence."""
+        device = ids.device
+        if self.config.pick == "first":
+            return torch.zeros(len(ids), dtype=torch.int64, device=device)
         if self.config.pick == "eos":
             ends = ids.eq(-1 if self.eos is None else self.eos)
             counts = ends.sum(1)
@@ -195,14 +200,15 @@ class SequenceHead(Head):
                 )
             return ids.shape[1] - 1 - ends.flip(1).int().argmax(1)
         if self.pad is None:
-            if layout.batch != 1:
-                raise ValueError(f"a batch of {layout.batch} sequences needs a pad_token_id in the configuration")
+            if len(ids) != 1:
+                raise ValueError(f"a batch of {len(ids)} sequences needs a pad_token_id in the configuration")
             return torch.full((1,), ids.shape[1] - 1, device=device)
         return (torch.arange(ids.shape[1], device=device) * (ids != self.pad)).argmax(1)
 
     def results(self, rows: Tensor, layout: TokenLayout, ids: Tensor | None, targets: Targets) -> Results:
         """``logits`` (batch, num_labels), and ``loss`` where there are ``labels``."""
-        x = rows[layout.rows_at(self._columns(layout, ids))]
+        first = torch.zeros(layout.batch, dtype=torch.int64, device=rows.device)
+        x = rows[layout.rows_at(first if ids is None else self._columns(ids))]
         if self.dense is not None and self.config.dense is not None:
             x = self.dropout(ACTIVATIONS[self.config.dense](self.dense(x)))
         logits = self.out(x)
@@ -221,7 +227,7 @@ class TokenHead(Head):
         super().__init__(architecture)
         self.out = nn.Linear(architecture.stack.hidden_size, self.config.num_labels)
 
-    def needs_padding(self, keep: Tensor, targets: Targets) -> bool:
+    def needs_padding(self, ids: Tensor, keep: Tensor, targets: Targets) -> bool:
         """Only where padding has labels."""
         return "labels" in targets and bool((targets["labels"].ne(IGNORED) & ~keep.bool()).any())
 
@@ -243,7 +249,7 @@ class QuestionHead(Head):
         super().__init__(architecture)
         self.out = nn.Linear(architecture.stack.hidden_size, 2)
 
-    def needs_padding(self, keep: Tensor, targets: Targets) -> bool:
+    def needs_padding(self, ids: Tensor, keep: Tensor, targets: Targets) -> bool:
         """The public classes' loss is a softmax over all columns, padding among them."""
         return len(targets) == 2 and not bool(keep.all())
 

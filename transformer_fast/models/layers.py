@@ -15,6 +15,7 @@ from transformer_fast import attention, attention_varlen
 
 if TYPE_CHECKING:
     from transformer_fast.generation.cache import CrossCache, KVCache
+    from transformer_fast.generation.paged import PagedBatch
     from transformer_fast.models.config import ModelConfig
     from transformer_fast.models.layout import TokenLayout
 
@@ -247,7 +248,7 @@ class Context:
     layout: TokenLayout
     rotary: Rotary | None = None
     bias: Tensor | None = None
-    cache: KVCache | None = None
+    cache: KVCache | PagedBatch | None = None
     memory: Tensor | None = None
     memory_layout: TokenLayout | None = None
     cross_cache: CrossCache | None = None

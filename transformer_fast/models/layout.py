@@ -11,7 +11,6 @@ and attention runs on four dimensions with a ``key_padding_mask`` or, behind a c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -97,14 +96,14 @@ class TokenLayout:
         rows, cu_seqlens, max_seqlen = cu_seqlens_from_mask(keep)
         return cls(batch, seqlen, positions.reshape(-1)[rows], rows, cu_seqlens, max_seqlen)
 
-    @cached_property
+    @property
     def boundaries(self) -> Tensor:
         """``(batch + 1,)`` int32: where each sequence's rows begin, in a dense layout too."""
         if self.cu_seqlens is not None:
             return self.cu_seqlens
         return torch.arange(self.batch + 1, dtype=torch.int32, device=self.positions.device) * self.seqlen
 
-    @cached_property
+    @property
     def mask(self) -> Tensor | None:
         """``(batch, seqlen)`` bool, True = a real token; None where all are."""
         if self.rows is None:
@@ -112,13 +111,13 @@ class TokenLayout:
         keep = torch.zeros(self.batch * self.seqlen, dtype=torch.bool, device=self.rows.device)
         return keep.index_fill_(0, self.rows, True).view(self.batch, self.seqlen)
 
-    @cached_property
+    @property
     def grid_positions(self) -> Tensor:
         """``(batch or 1, seqlen)``: the place of each token among its sequence's keys, which relative biases go by."""
         columns = torch.arange(self.seqlen, device=self.positions.device)[None]
         return columns if self.seqlens_k is None else columns + (self.seqlens_k - self.seqlen)[:, None]
 
-    @cached_property
+    @property
     def lengths(self) -> Tensor:
         """``(batch,)`` int32: real tokens of each sequence in this layout."""
         if self.cu_seqlens is not None:
@@ -127,7 +126,7 @@ class TokenLayout:
             return self.key_padding_mask.sum(1, dtype=torch.int32)
         return torch.full((self.batch,), self.seqlen, dtype=torch.int32, device=self.positions.device)
 
-    @cached_property
+    @property
     def sequence_ids(self) -> Tensor:
         """``(tokens,)`` int64: the sequence of each row."""
         if self.rows is not None:
@@ -172,5 +171,5 @@ class TokenLayout:
         """Zeros in the padding rows of a dense layout. Not a product: NaN in padding must not come through."""
         if self.key_padding_mask is None:
             return rows
-        keep = self.key_padding_mask.view(-1, *[1] * (rows.dim() - 1))
+        keep = self.key_padding_mask.reshape(-1, *[1] * (rows.dim() - 1))
         return torch.where(keep, rows, rows.new_zeros(()))

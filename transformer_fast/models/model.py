@@ -21,6 +21,7 @@ from transformer_fast.models.stack import Stack
 
 if TYPE_CHECKING:
     from transformer_fast.generation.cache import CacheShape, KVCache
+    from transformer_fast.generation.paged import PagedBatch
 
 #: How much a cache that grows with use begins with, beyond the prompt.
 _ROOM = 256
@@ -33,6 +34,26 @@ def check_grids(name: str, ids: Tensor, **grids: Tensor | None) -> None:
     for other, grid in grids.items():
         if grid is not None and grid.shape != ids.shape:
             raise ValueError(f"{other} has shape {tuple(grid.shape)}; allowed: {tuple(ids.shape)}, as {name}")
+
+
+def _continued(
+    name: str, ids: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: KVCache | PagedBatch
+) -> TokenLayout:
+    """Tokens ``(batch, seqlen)`` after those of ``cache``; ``mask`` covers these and the earlier columns."""
+    (batch, seqlen), device = ids.shape, ids.device
+    columns = cache.columns
+    if mask is not None and not cache.by_token:
+        if mask.shape != (batch, columns + seqlen):
+            allowed = f"({batch}, {columns + seqlen}): the {columns} columns of the cache and the new ones"
+            raise ValueError(f"{name} has shape {tuple(mask.shape)}; allowed: {allowed}")
+        known = torch.ones_like(mask, dtype=torch.bool)
+        if cache.padding is not None:
+            known[:, : cache.padding.shape[1]] = cache.padding
+        if not torch.equal(mask.bool(), known):
+            raise ValueError(f"{name} hides other tokens than those that were padding in the cache's first prompt")
+    if position_ids is None and not cache.by_token:
+        position_ids = torch.arange(columns, columns + seqlen, device=device)[None]
+    return TokenLayout.dense(batch, seqlen, device=device, cached=cache.seqlens, position_ids=position_ids)
 
 
 class Model(nn.Module):
@@ -121,9 +142,11 @@ class Model(nn.Module):
     ) -> TokenLayout:
         """The rows to compute: the real tokens, unless what the head makes of them depends on the padding.
 
-        ``targets`` of None: the head will not read them all, and windows count tokens.
+        ``targets`` of None: no head reads the rows, or their last ones only; then windows count tokens.
         """
-        batch, seqlen = ids.shape[:2]
+        batch, seqlen = ids.shape
+        if position_ids is not None and position_ids.shape not in ((1, seqlen), (batch, seqlen)):
+            raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}; allowed: {(batch, seqlen)}")
         if mask is None or bool(mask.all()):
             return TokenLayout.dense(batch, seqlen, device=ids.device, position_ids=position_ids)
         if packed and targets is not None:
@@ -131,8 +154,15 @@ class Model(nn.Module):
             # Packing closes the holes of a mask, which a window would notice: it counts columns.
             starts = (keep.int().diff(dim=1) == 1).sum(1) + keep[:, 0]
             holes = self.config.sliding_window is not None and bool((starts > 1).any())
-            packed = not holes and not self.head.needs_padding(mask, targets)
+            packed = not holes and not self.head.needs_padding(ids, mask, targets)
         return TokenLayout.from_mask(mask, packed=packed, position_ids=position_ids)
+
+    def _check_cacheable(self, name: str, layout: TokenLayout, cache: KVCache | PagedBatch) -> None:
+        """A cache keeps tokens without padding: windows and relative places that go by column allow it on the left."""
+        by_column = cache.is_empty and not cache.by_token
+        places = self.config.sliding_window is not None or self.config.positions == "relative"
+        if by_column and places and layout.mask is not None and not bool(layout.mask[:, -1].all()):
+            raise ValueError(f"{name} is padded on the right; allowed with a cache in this model: on the left")
 
     @staticmethod
     def _states(states: list[Tensor], last: Tensor, layout: TokenLayout, unnormed: bool = False) -> tuple[Tensor, ...]:
@@ -245,7 +275,7 @@ class DecoderModel(Model):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | PagedBatch | None = None,
         *,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -255,27 +285,20 @@ class DecoderModel(Model):
     ) -> tuple[Tensor, TokenLayout]:
         """``(batch, seqlen)`` ids to rows ``(tokens, d)`` and their layout; arguments as in :meth:`forward`."""
         check_grids("input_ids", input_ids, token_type_ids=token_type_ids)
-        batch, seqlen = input_ids.shape
+        seqlen = input_ids.shape[1]
         continues = cache is not None and not cache.is_empty
         if not continues:
             check_grids("input_ids", input_ids, attention_mask=attention_mask)
             layout = self._layout(input_ids, attention_mask, position_ids, targets, packed)
         else:
             assert cache is not None
-            if attention_mask is not None and not bool(attention_mask[:, -seqlen:].all()):
-                raise ValueError("attention_mask hides new tokens; a cache that is in use takes unpadded tokens")
-            if attention_mask is not None and position_ids is None:
-                # By column, as for the first tokens: padding among the earlier ones counts.
-                first = attention_mask.shape[1] - seqlen
-                position_ids = torch.arange(first, first + seqlen, device=input_ids.device)[None]
-            layout = TokenLayout.dense(
-                batch, seqlen, device=input_ids.device, cached=cache.seqlens, position_ids=position_ids
-            )
+            layout = _continued("attention_mask", input_ids, attention_mask, position_ids, cache)
         self.decoder.check_length(seqlen + (cache.max_seqlen if cache is not None and continues else 0))
-        if cache is not None:
-            cache.extend(layout)
         types = None if token_type_ids is None else layout.take_rows(token_type_ids)
         x = self.decoder.embed(layout.take_rows(input_ids), layout, types)
+        if cache is not None:
+            self._check_cacheable("attention_mask", layout, cache)
+            cache.extend(layout)
         return self.decoder.run(x, Context(layout, cache=cache), states), layout
 
     def forward(
@@ -303,6 +326,8 @@ class DecoderModel(Model):
         targets = self._targets(labels)
         states: list[Tensor] | None = [] if output_hidden_states else None
         cache = past_key_values
+        if cache is not None and not hasattr(cache, "attend"):
+            raise TypeError(f"past_key_values is a {type(cache).__name__}; allowed: what use_cache=True gave")
         if cache is None and use_cache:
             cache = self.new_cache(len(input_ids), input_ids.shape[1] + _ROOM)
         rows, layout = self.decode(
@@ -323,7 +348,7 @@ class DecoderModel(Model):
         return output
 
     def next_token_logits(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | PagedBatch | None = None
     ) -> Tensor:
         """``(batch, vocab_size)``: the logits after each sequence's last token, and no others.
 
@@ -331,7 +356,11 @@ class DecoderModel(Model):
         """
         position_ids = None
         if attention_mask is not None:
-            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+            if not bool(attention_mask.bool().any(1).all()):
+                raise ValueError("attention_mask leaves a sequence without any token")
+            position_ids = (attention_mask.bool().cumsum(1) - 1).clamp(min=0)
+        if cache is not None:
+            cache.by_token = True
         rows, layout = self.decode(input_ids, attention_mask, cache, position_ids=position_ids)
         return self.head.logits(layout.last_rows(rows))
 
@@ -400,16 +429,18 @@ class Seq2SeqModel(Model):
         check_grids("decoder_input_ids", decoder_input_ids)
         ids, mask, cache = decoder_input_ids, decoder_attention_mask, context.cache
         if cache is not None and not cache.is_empty:
-            layout = TokenLayout.dense(*ids.shape, device=ids.device, cached=cache.seqlens)
+            layout = _continued("decoder_attention_mask", ids, mask, None, cache)
             self.decoder.check_length(ids.shape[1] + cache.max_seqlen)
         else:
             check_grids("decoder_input_ids", ids, decoder_attention_mask=mask)
             self.decoder.check_length(ids.shape[1])
             layout = self._layout(ids, mask, None, targets, packed=cache is None or self.decoder.relative is None)
+        x = self.decoder.embed(layout.take_rows(ids), layout)
         if cache is not None:
+            self._check_cacheable("decoder_attention_mask", layout, cache)
             cache.extend(layout)
         context.layout = layout
-        return self.decoder.run(self.decoder.embed(layout.take_rows(ids), layout), context, states), layout
+        return self.decoder.run(x, context, states), layout
 
     def forward(
         self,

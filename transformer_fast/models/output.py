@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+
+from torch.utils._pytree import register_pytree_node
 
 #: The names that Hugging Face's output classes have; one that was not asked for is None.
 FIELDS = frozenset(
@@ -33,3 +36,17 @@ class ModelOutput(dict[str, Any]):
         if name in FIELDS:
             return None
         raise AttributeError(f"a model's output has no {name!r}; it has {', '.join(self)}")
+
+
+def _flatten(output: ModelOutput) -> tuple[list[Any], list[str]]:
+    return list(output.values()), list(output)
+
+
+def _unflatten(values: Iterable[Any], names: list[str]) -> ModelOutput:
+    return ModelOutput(zip(names, values, strict=True))
+
+
+# So that torch.compile and torch.export see the tensors within.
+register_pytree_node(
+    ModelOutput, _flatten, _unflatten, serialized_type_name=f"{ModelOutput.__module__}.{ModelOutput.__name__}"
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,6 +55,9 @@ def from_pretrained(
     model = _build(family, values, checkpoint, folder / checkpoints.CONFIG_FILE)
     checkpoints.load_into(model, checkpoint, family.key_map(model), stray=family.stray, dtype=dtype, device=device)
     model.tie()
+    if dtype is None:  # one dtype, where the file has several: the widest
+        model.to(functools.reduce(torch.promote_types, (p.dtype for p in model.parameters())))
+        model.tie()
     model.generation_defaults = _generation_defaults(folder, values)
     model.set_backend(backend)
     return model.eval()
@@ -111,18 +115,20 @@ def checkpoint_folder(path: str | Path) -> Path:
 
 def _generation_defaults(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     """What generation_config.json says, or an older config.json itself."""
-    file = folder / "generation_config.json"
-    return {**values, **(checkpoints.read_json(file) if file.is_file() else {})}
+    file = folder / checkpoints.GENERATION_FILE
+    return checkpoints.read_json(file) if file.is_file() else dict(values)
 
 
 def save_pretrained(model: Model, path: str | Path) -> None:
     """Write a model so that :func:`from_pretrained` gives it back, and ``transformers`` too where it has its class."""
     architecture, folder = model.architecture, Path(path)
     native = family_of(architecture.values) is NATIVE
-    config = (
-        write(architecture) if native else {**architecture.values, "dtype": str(model.dtype).removeprefix("torch.")}
-    )
-    checkpoints.save(folder, config, checkpoints.export_state_dict(model))
+    config: dict[str, Any] = {**architecture.values, "dtype": str(model.dtype).removeprefix("torch.")}
+    config = write(architecture) if native else config
+    config.pop("torch_dtype", None)
+    defaults = model.generation_defaults
+    more = {} if defaults == architecture.values else {checkpoints.GENERATION_FILE: defaults}
+    checkpoints.save(folder, config, checkpoints.export_state_dict(model), more)
 
 
 class SentenceEncoder(nn.Module):

@@ -28,7 +28,7 @@ def register(family: Family) -> None:
 
 def family_of(values: Mapping[str, Any]) -> Family:
     """The family that config.json's ``model_type`` names; ValueError where there is none. Without one: our own."""
-    name = values.get("model_type", NATIVE.model_type)
+    name = values.get("model_type") or ("transformer_fast" if not values else None)
     if name not in FAMILIES:
         raise ValueError(f"model_type={name!r} is not known; allowed: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[name]

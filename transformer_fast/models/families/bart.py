@@ -29,8 +29,8 @@ def stack(values: Values, side: str, **facets: Any) -> ModelConfig:
         cross_attention=side == "decoder",
         activation=activation(values.get("activation_function", "gelu")),
         padding_id=values.get("pad_token_id"),
-        dropout=values.get("dropout", 0.1),
-        attention_dropout=values.get("attention_dropout", 0.0),
+        dropout=values.get("dropout") or 0.0,
+        attention_dropout=values.get("attention_dropout") or 0.0,
         initializer_range=values.get("init_std", 0.02),
         **facets,
     )
@@ -64,7 +64,7 @@ def read_bart(values: Values, tensors: Tensors) -> Architecture:
         bias_trained=False,
         pick="eos",
         dense="tanh" if kind == "sequence" else None,
-        dropout=values.get("classifier_dropout", 0.0),
+        dropout=values.get("classifier_dropout") or 0.0,
         **{"num_labels": 3, **classes({"id2label": range(3), **values})},
     )
     return Architecture(

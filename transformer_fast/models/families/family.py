@@ -132,6 +132,9 @@ def classes(values: Values) -> dict[str, Any]:
     return {"num_labels": number, "problem_type": values.get("problem_type")}
 
 
+_ORIGINAL = "original_max_position_embeddings"
+
+
 def rotary(values: Values) -> dict[str, Any]:
     """Rotary positions in both spellings: ``rope_theta`` beside ``rope_scaling``, or all in ``rope_parameters``."""
     given = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
@@ -140,6 +143,11 @@ def rotary(values: Values) -> dict[str, Any]:
     theta = given.pop("rope_theta", values.get("rope_theta") or 10000.0)
     if kind not in ("default", "linear", "llama3"):
         raise ValueError(f"rope_type={kind!r} is not supported; allowed: default, linear, llama3")
+    if kind == "llama3":
+        given.setdefault(_ORIGINAL, values.get(_ORIGINAL) or values["max_position_embeddings"])
+    needed = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}[kind]
+    if missing := [name for name in needed if name not in given]:
+        raise ValueError(f"the rotary scaling {kind!r} has no {', '.join(missing)}")
     return {
         "positions": "rope",
         "rope_theta": theta,

@@ -63,6 +63,7 @@ def read_llama(values: Values, tensors: Tensors) -> Architecture:
 def read_mistral(values: Values, tensors: Tensors) -> Architecture:
     """From a Mistral config.json: ``sliding_window`` counts the token itself; null is none."""
     act = activation(values.get("hidden_act", "silu"), gated=True)
+    values = {"num_key_value_heads": 8, **values}
     window = values.get("sliding_window", 4096)
     return _architecture(values, tensors, "Mistral", tied=False, activation=act, sliding_window=window)
 
@@ -70,7 +71,7 @@ def read_mistral(values: Values, tensors: Tensors) -> Architecture:
 def read_gemma2(values: Values, tensors: Tensors) -> Architecture:
     """From a Gemma 2 config.json: a window on every other layer, from the first, unless ``layer_types`` says."""
     require(values, use_bidirectional_attention=False)
-    values = {"head_dim": 256, **values}
+    values = {"head_dim": 256, "num_key_value_heads": 4, **values}
     number = values["num_hidden_layers"]
     kinds = values.get("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in range(number)]
     act = values.get("hidden_activation") or values.get("hidden_act") or "gelu_pytorch_tanh"

@@ -7,6 +7,7 @@ from transformer_fast.models.families.family import Family, Names, Tensors, Valu
 
 _KINDS: dict[str, HeadKind] = {
     "T5ForConditionalGeneration": "language",
+    "T5WithLMHeadModel": "language",  # what it was called at first
     "T5Model": "none",
     "T5EncoderModel": "none",
 }

@@ -74,7 +74,7 @@ def _stack(values: Values, **changes: Any) -> ModelConfig:
     return ModelConfig(**{**settings, **changes})
 
 
-def _head(values: Values, tensors: Tensors, prefix: str, decoder: str) -> HeadConfig:
+def _head(values: Values, tensors: Tensors, prefix: str) -> HeadConfig:
     kind = head_kind(values, {prefix + name: kind for name, kind in _KINDS.items()})
     dropout = values.get("classifier_dropout")
     # A base model is saved with its pooler or without.
@@ -93,7 +93,7 @@ def _head(values: Values, tensors: Tensors, prefix: str, decoder: str) -> HeadCo
 
 def read_bert(values: Values, tensors: Tensors) -> Architecture:
     """From a BERT config.json."""
-    return Architecture(encoder=_stack(values), head=_head(values, tensors, "Bert", ""), values=values)
+    return Architecture(encoder=_stack(values), head=_head(values, tensors, "Bert"), values=values)
 
 
 def read_roberta(values: Values, tensors: Tensors) -> Architecture:
@@ -101,7 +101,7 @@ def read_roberta(values: Values, tensors: Tensors) -> Architecture:
     pad = values.get("pad_token_id", 1)
     positions = values["max_position_embeddings"] - pad - 1
     stack = _stack(values, max_positions=positions, position_offset=pad + 1, positions_from_pad=pad)
-    return Architecture(encoder=stack, head=_head(values, tensors, "Roberta", ""), values=values)
+    return Architecture(encoder=stack, head=_head(values, tensors, "Roberta"), values=values)
 
 
 BERT = Family(

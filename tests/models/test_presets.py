@@ -7,6 +7,8 @@ import torch
 
 from transformer_fast import models
 from transformer_fast.models import presets
+from transformer_fast.models.layers import Context, rotary_tables
+from transformer_fast.testing import judge
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 8192}
 GEMMA2 = {
@@ -84,15 +86,20 @@ def test_what_has_no_public_class_is_saved_under_our_names(name: str, tmp_path) 
     assert before.logits.std() > 0
 
 
+@torch.no_grad()
 def test_parallel_blocks_against_their_formula() -> None:
     """y = x + attention(norm(x)) + mlp(norm(x)), from PaLM's section 2."""
-    model = models.from_config(SMALL["PaLM"](), dtype=torch.float64)
-    block = model.decoder.blocks[0]
+    model = models.from_config(SMALL["PaLM"]())
     layout = models.TokenLayout.dense(1, 5, device=torch.device("cpu"))
-    from transformer_fast.models.layers import Context, rotary_tables
+    x = torch.randn(5, 32)
 
-    x = torch.randn(5, 32, dtype=torch.float64)
-    context = Context(layout, rotary_tables(layout.positions, model.config, x.dtype))
-    seen = torch.nn.functional.layer_norm(x, (32,), block.attention_norm.weight)
-    expected = x + block.attention(seen, context) + block.mlp(seen)
-    torch.testing.assert_close(block(x, context), expected, rtol=0, atol=torch.finfo(x.dtype).eps * 32)
+    def of(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        block, y = model.to(dtype).decoder.blocks[0], x.to(dtype)
+        context = Context(layout, rotary_tables(layout.positions, model.config, dtype))
+        seen = torch.nn.functional.layer_norm(y, (32,), block.attention_norm.weight)
+        return block(y, context), y + block.attention(seen, context) + block.mlp(seen)
+
+    (ours, baseline), (_, oracle) = of(torch.float32), of(torch.float64)
+    verdict = judge(ours, oracle, baseline, name="a parallel block")
+    assert verdict.passed, str(verdict)
+    assert (oracle - x).std() > 0, "the two layers add something"

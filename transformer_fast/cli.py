@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from transformer_fast.tasks.commands import register
+from transformer_fast.tasks.terminal import console, say_error
 
 if TYPE_CHECKING:  # what is slow to import is imported by the command that needs it
     from transformer_fast.benchmarks import Row
@@ -32,8 +32,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
 )
-console = Console()
-errors = Console(stderr=True)
 
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="Number of threads; PyTorch's default if left out.")
@@ -370,7 +368,7 @@ def _usage_errors() -> Iterator[None]:
 
 
 def _fail(message: str, *, status: int) -> NoReturn:
-    errors.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    say_error(message)
     raise typer.Exit(status)
 
 

@@ -95,11 +95,11 @@ def test_a_folder_without_a_checkpoint(tmp_path):
         models.from_pretrained(tmp_path)
 
 
-def test_pooling_other_than_the_mean_is_refused(bert_folder):
+def test_pooling_other_than_mean_and_first_is_refused(bert_folder):
     (bert_folder / "1_Pooling").mkdir()
-    pooling = {"word_embedding_dimension": 24, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+    pooling = {"word_embedding_dimension": 24, "pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": False}
     (bert_folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
-    with pytest.raises(ValueError, match="pools by pooling_mode_cls_token"):
+    with pytest.raises(ValueError, match="pools by pooling_mode_max_tokens"):
         models.load_sentence_encoder(bert_folder)
 
 

@@ -213,7 +213,7 @@ class KVCache:
                 f"allowed: causal with the window of {window} tokens that its cache is made for"
             )
         if bias is not None:
-            raise NotImplementedError(f"layer {layer} has a bias and a window of {window} tokens; allowed: one of them")
+            raise ValueError(f"layer {layer} has a bias and a window of {window} tokens; allowed: one of them")
 
     def _buffer(self, layer: int, dtype: torch.dtype) -> Tensor:
         """The layer's buffer, allocated or grown when it is too small. A ring that grows has not been filled yet."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -141,7 +142,7 @@ def _decoder_start(given: Tensor | None, inputs: Tensor, settings: GenerationCon
     return first if given is None else torch.cat((first, given), 1)
 
 
-class _Steps:
+class _Steps(ABC):
     """A :class:`Stepper`: the prompt once, each row then ``repeats`` times, with a cache or without (capacity 0)."""
 
     def __init__(
@@ -161,13 +162,13 @@ class _Steps:
         self.ids = torch.cat((self.ids, tokens[:, None]), 1)
         return self.first()
 
+    @abstractmethod
     def first(self) -> Tensor:
         """The logits after ``ids``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def next(self, tokens: Tensor) -> Tensor:
         """The logits after ``tokens`` ``(rows, 1)``, which follow what the cache holds."""
-        raise NotImplementedError
 
     def reorder(self, index: Tensor) -> None:
         """Row ``i`` goes on as what row ``index[i]`` was."""

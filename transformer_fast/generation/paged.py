@@ -205,7 +205,7 @@ class PagedBatch:
     ) -> Tensor:
         """Keep a layer's new keys and values, and attend to all so far; as :meth:`KVCache.attend`, without a bias."""
         if bias is not None:
-            raise NotImplementedError("a paged cache takes no bias")
+            raise ValueError("bias is given; a paged cache takes none")
         keys, values = self.cache.buffers[layer]
         keys[self._where], values[self._where] = key.detach().to(keys.dtype), value.detach().to(values.dtype)
         if layer == len(self.cache.buffers) - 1:

@@ -43,8 +43,8 @@ def sample_search(
     """
     limit = config.length_limit(ids.shape[1])
     process = processor(config, ids.shape[1], ids.device)
-    generator, ends = _generator(config, ids.device), _ends(config, ids.device)
-    fill = config.pad_token_id if config.pad_token_id is not None else _first_end(config)
+    generator, ends = generator_of(config, ids.device), _ends(config, ids.device)
+    fill = filling(config)
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     tokens = None
     while True:
@@ -117,7 +117,7 @@ class _BeamSearch:
         self.config, self.prompt_length = config, prompt_length
         self.limit = config.length_limit(prompt_length)
         self.process = processor(config, prompt_length, device)
-        self.generator, self.ends = _generator(config, device), _ends(config, device)
+        self.generator, self.ends = generator_of(config, device), _ends(config, device)
         # So many that num_beams are left to go on with when all others end.
         self.num_candidates = config.num_beams * max(2, 1 + len(as_ids(config.eos_token_id)))
         # A pad_token_id of 0 (T5's) counts as none in transformers' beam search; the same here, for the same ids.
@@ -186,11 +186,16 @@ def _ends(config: GenerationConfig, device: torch.device) -> Tensor | None:
     return torch.tensor(as_ids(config.eos_token_id), device=device) if config.eos_token_id else None
 
 
+def filling(config: GenerationConfig) -> int:
+    """The token that follows the end of a sequence where others go on."""
+    return _first_end(config) if config.pad_token_id is None else config.pad_token_id
+
+
 def _first_end(config: GenerationConfig) -> int:
     """The token that fills where no padding token is given; -1, never used, where nothing ends a sequence."""
     return (*as_ids(config.eos_token_id), -1)[0]
 
 
-def _generator(config: GenerationConfig, device: torch.device) -> torch.Generator | None:
+def generator_of(config: GenerationConfig, device: torch.device) -> torch.Generator | None:
     """A source of randomness at the seed's start, or None for torch's own."""
     return None if config.seed is None else torch.Generator(device).manual_seed(config.seed)

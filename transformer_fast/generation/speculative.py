@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from transformer_fast.generation.config import GenerationConfig, as_ids
 from transformer_fast.generation.processors import processor
+from transformer_fast.generation.search import filling, generator_of
 from transformer_fast.models.model import DecoderModel
 
 
@@ -39,7 +40,7 @@ class Chooser:
 
     def __init__(self, config: GenerationConfig, prompt_length: int, device: torch.device) -> None:
         self.greedy, self.process = not config.do_sample, processor(config, prompt_length, device)
-        self.generator = None if config.seed is None else torch.Generator(device).manual_seed(config.seed)
+        self.generator = generator_of(config, device)
 
     def probabilities(self, rows: Sequence[Tensor], logits: Tensor) -> Tensor:
         """Of the token after each row ``(length,)`` and its last beginnings, whose logits are ``(rows, n, vocab)``."""
@@ -159,7 +160,7 @@ def speculative_search(
     _check_options(model, draft_model, prompt_lookup, num_draft_tokens)
     limit, chooser = config.length_limit(ids.shape[1]), Chooser(config, ids.shape[1], ids.device)
     ends = as_ids(config.eos_token_id)
-    fill = config.pad_token_id if config.pad_token_id is not None else (*ends, -1)[0]
+    fill = filling(config)
     models = [model] if draft_model is None else [model, draft_model]
     reader, *drafts = readers = [_Reader(each, ids, mask, limit, num_draft_tokens) for each in models]
     lookup = partial(draft_by_lookup, prompt_lookup or 0, model.config.vocab_size)

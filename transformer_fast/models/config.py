@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 Norm = Literal["layernorm", "rmsnorm"]
 NormPlacement = Literal["pre", "post", "sandwich", "parallel"]
@@ -12,18 +12,19 @@ Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "reglu", "geglu", "geg
 Positions = Literal["none", "learned", "sinusoidal", "rope", "relative"]
 FrontEnd = Literal["tokens", "patches", "audio"]
 HeadKind = Literal["none", "language", "masked", "pretraining", "sequence", "token", "question"]
+Pick = Literal["first", "last", "eos"]
 
 #: The linear layers that may have a bias each.
 BIASES = ("q", "k", "v", "out", "mlp")
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "norm": ("layernorm", "rmsnorm"),
-    "norm_placement": ("pre", "post", "sandwich", "parallel"),
-    "activation": ("relu", "gelu", "gelu_tanh", "silu", "reglu", "geglu", "geglu_tanh", "swiglu"),
-    "positions": ("none", "learned", "sinusoidal", "rope", "relative"),
-    "front_end": ("tokens", "patches", "audio"),
-    "kind": ("none", "language", "masked", "pretraining", "sequence", "token", "question"),
-    "pick": ("first", "last", "eos"),
+    "norm": get_args(Norm),
+    "norm_placement": get_args(NormPlacement),
+    "activation": get_args(Activation),
+    "positions": get_args(Positions),
+    "front_end": get_args(FrontEnd),
+    "kind": get_args(HeadKind),
+    "pick": get_args(Pick),
 }
 
 Record = TypeVar("Record", bound="_Record")
@@ -192,7 +193,7 @@ class HeadConfig(_Record):
     softcap: float | None = None
     num_labels: int = 2
     problem_type: str | None = None
-    pick: Literal["first", "last", "eos"] = "first"
+    pick: Pick = "first"
     dense: Literal["tanh", "relu"] | None = None
     dropout: float = 0.0
 

@@ -107,13 +107,11 @@ class LanguageHead(Head):
     def needs_padding(self, ids: Tensor, keep: Tensor, targets: Targets) -> bool:
         """Labels at padding count in the public classes' loss, so they do here; nobody means them to."""
         labels = targets.get("labels")
-        if labels is not None:
-            labels = F.pad(labels, (0, self.next_label), value=IGNORED)[:, self.next_label :]
-            if bool((labels.ne(IGNORED) & ~keep.bool()).any()):
-                warnings.warn(
-                    f"labels has labels at padding: it is computed, and counts. Set them to {IGNORED}", stacklevel=3
-                )
-                return True
+        if labels is not None and bool((self._shifted(labels).ne(IGNORED) & ~keep.bool()).any()):
+            warnings.warn(
+                f"labels has labels at padding: it is computed, and counts. Set them to {IGNORED}", stacklevel=3
+            )
+            return True
         return super().needs_padding(ids, keep, targets)
 
     def transformed(self, rows: Tensor) -> Tensor:
@@ -128,12 +126,16 @@ class LanguageHead(Head):
         cap = self.config.softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
+    def _shifted(self, labels: Tensor) -> Tensor:
+        """``(batch, seqlen)``: the label that each column's row predicts."""
+        return F.pad(labels, (0, self.next_label), value=IGNORED)[:, self.next_label :]
+
     def row_labels(self, labels: Tensor, layout: TokenLayout) -> Tensor:
         """``(batch, seqlen)`` labels to those of the rows ``(tokens,)``."""
         if labels.shape != (layout.batch, layout.seqlen):
             allowed = (layout.batch, layout.seqlen)
             raise ValueError(f"labels has shape {tuple(labels.shape)}; allowed: {allowed}, a label for each token")
-        return layout.take_rows(F.pad(labels, (0, self.next_label), value=IGNORED)[:, self.next_label :])
+        return layout.take_rows(self._shifted(labels))
 
     def loss(self, rows: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of the rows' labels ``(tokens,)``, without the logits of all of them at once."""

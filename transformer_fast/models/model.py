@@ -411,10 +411,7 @@ class Seq2SeqModel(Model):
             return self.encoder.run(x.flatten(0, 1), Context(layout), states), layout
         check_grids("input_ids", inputs, attention_mask=attention_mask)
         self.encoder.check_length(inputs.shape[1])
-        if attention_mask is None or bool(attention_mask.all()):
-            layout = TokenLayout.dense(*inputs.shape, device=inputs.device)
-        else:
-            layout = TokenLayout.from_mask(attention_mask)
+        layout = self._layout(inputs, attention_mask, None, None, packed=True)
         return self.encoder.run(self.encoder.embed(layout.take_rows(inputs), layout), Context(layout), states), layout
 
     def decode(

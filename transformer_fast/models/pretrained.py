@@ -131,12 +131,29 @@ def save_pretrained(model: Model, path: str | Path) -> None:
     checkpoints.save(folder, config, checkpoints.export_state_dict(model), more)
 
 
-class SentenceEncoder(nn.Module):
-    """An encoder whose mean over each sentence's tokens, scaled to length 1, is the sentence's vector."""
+#: The names of the two ways in 1_Pooling/config.json, the older ones and the newer.
+_POOLING = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "mean": "mean", "cls": "cls"}
 
-    def __init__(self, encoder: EncoderModel) -> None:
+
+def pooling_of(config: Mapping[str, Any] | None, where: object) -> str:
+    """What a ``1_Pooling/config.json`` says, "mean" or "cls"; the mean without one; ValueError on other ways."""
+    config = config or {"pooling_mode": "mean"}
+    named = config.get("pooling_mode")
+    modes = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
+    modes += [] if named is None else [named] if isinstance(named, str) else list(named)
+    if len(modes) != 1 or modes[0] not in _POOLING:
+        raise ValueError(f"{where} pools by {', '.join(modes) or 'nothing'}; allowed: mean or cls")
+    return _POOLING[modes[0]]
+
+
+class SentenceEncoder(nn.Module):
+    """An encoder, and a vector of each sentence: the "mean" of its tokens or the first one's ("cls"), of length 1."""
+
+    def __init__(self, encoder: EncoderModel, pooling: str = "mean", *, normalize: bool = True) -> None:
         super().__init__()
-        self.encoder = encoder
+        if pooling not in ("mean", "cls"):
+            raise ValueError(f"pooling={pooling!r}; allowed: mean, cls")
+        self.encoder, self.pooling, self.normalize = encoder, pooling, normalize
 
     def forward(
         self,
@@ -146,9 +163,13 @@ class SentenceEncoder(nn.Module):
         *,
         packed: bool = True,
     ) -> Tensor:
-        """``(batch, seqlen)`` ids to unit vectors ``(batch, d)``; arguments as in :class:`EncoderModel`."""
+        """``(batch, seqlen)`` ids to vectors ``(batch, d)``; arguments as in :class:`EncoderModel`."""
         rows, layout = self.encoder.encode(input_ids, attention_mask, token_type_ids, packed=packed)
-        return F.normalize(layout.mean(rows), dim=-1)
+        if self.pooling == "mean":
+            vectors = layout.mean(rows)
+        else:
+            vectors = rows[layout.rows_at(torch.zeros(layout.batch, dtype=torch.int64, device=rows.device))]
+        return F.normalize(vectors, dim=-1) if self.normalize else vectors
 
 
 def load_sentence_encoder(
@@ -158,17 +179,13 @@ def load_sentence_encoder(
     device: torch.device | str | None = None,
     backend: str = "auto",
 ) -> SentenceEncoder:
-    """Load a sentence encoder: an encoder's checkpoint whose ``1_Pooling/config.json`` asks for the mean."""
-    pooling_file = Path(path) / "1_Pooling" / "config.json"
-    if pooling_file.is_file():
-        pooling = checkpoints.read_json(pooling_file)
-        modes = [name for name, value in pooling.items() if name.startswith("pooling_mode") and value]
-        if modes != ["pooling_mode_mean_tokens"]:
-            raise ValueError(f"{path} pools by {', '.join(modes)}; only the mean over tokens is supported")
+    """Load a sentence encoder: an encoder's checkpoint, pooled as its ``1_Pooling/config.json`` says."""
+    file = checkpoint_folder(path) / "1_Pooling" / "config.json"
+    pooling = pooling_of(checkpoints.read_json(file) if file.is_file() else None, path)
     encoder = from_pretrained(path, dtype=dtype, device=device, backend=backend)
     if not isinstance(encoder, EncoderModel):
         raise ValueError(f"{path} holds a {type(encoder).__name__}, not an encoder")
-    return SentenceEncoder(encoder).eval()
+    return SentenceEncoder(encoder, pooling).eval()
 
 
 def minilm_folder() -> Path:

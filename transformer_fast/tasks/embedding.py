@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from transformer_fast.models import EncoderModel
+from transformer_fast.models import EncoderModel, SentenceEncoder
+from transformer_fast.models.pretrained import pooling_of
 from transformer_fast.tasks.loading import Done, Loaded, Source, batches, load
-
-#: The names of the two ways in 1_Pooling/config.json, the older ones and the newer.
-_MODES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "mean": "mean", "cls": "cls"}
 
 
 @torch.no_grad()
@@ -41,21 +37,16 @@ def embed(
     loaded = load(model)
     fits = isinstance(loaded.model, EncoderModel) and loaded.model.config.front_end == "tokens"
     loaded.require("embed", "an encoder of text", fits)
-    pooling = _pooling(loaded) if pooling is None else pooling
-    if pooling not in ("mean", "cls"):
-        raise ValueError(f"pooling={pooling!r}; allowed: mean, cls")
+    if pooling is None:
+        pooling = pooling_of(loaded.read_json("1_Pooling/config.json"), loaded.folder)
     normalize = _normalizes(loaded) if normalize is None else normalize
+    encoder = SentenceEncoder(loaded.model, pooling, normalize=normalize)
     limits = [(loaded.read_json("sentence_bert_config.json") or {}).get("max_seq_length"), loaded.max_seqlen]
     max_seqlen = min((limit for limit in limits if limit), default=None)
     found = [torch.zeros(0, loaded.model.config.hidden_size)]
     for batch in batches(texts, batch_size, on_done):
-        rows, layout = loaded.model.encode(**loaded.inputs(loaded.encode(batch, max_seqlen=max_seqlen)))
-        rows = rows.float()
-        if pooling == "mean":
-            vectors = layout.mean(rows)
-        else:
-            vectors = rows[layout.rows_at(torch.zeros(len(batch), dtype=torch.int64, device=rows.device))]
-        found.append((F.normalize(vectors, dim=-1) if normalize else vectors).cpu())
+        vectors = encoder(**loaded.inputs(loaded.encode(batch, max_seqlen=max_seqlen)))
+        found.append(vectors.float().cpu())
     return torch.cat(found)
 
 
@@ -70,19 +61,6 @@ def save_vectors(path: Path, texts: Sequence[str], vectors: Tensor) -> None:
     else:
         lines = ({"text": text, "vector": vector} for text, vector in zip(texts, vectors.tolist(), strict=True))
         path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-
-
-def _pooling(loaded: Loaded) -> str:
-    """What the checkpoint says; ValueError where that is something else."""
-    config: Mapping[str, Any] = loaded.read_json("1_Pooling/config.json") or {"pooling_mode": "mean"}
-    named = config.get("pooling_mode")
-    modes = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
-    modes += [] if named is None else [named] if isinstance(named, str) else list(named)
-    if len(modes) != 1 or modes[0] not in _MODES:
-        raise ValueError(
-            f"{loaded.folder} pools by {', '.join(modes) or 'nothing'}; allowed: mean or cls, or pooling=..."
-        )
-    return _MODES[modes[0]]
 
 
 def _normalizes(loaded: Loaded) -> bool:

@@ -26,6 +26,11 @@ errors = Console(stderr=True)
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
+def say_error(message: str) -> None:
+    """One line on stderr."""
+    errors.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def usage_errors() -> Iterator[None]:
     """Wrong arguments, missing packages and files that cannot be read: one line and exit status 2, no traceback.
@@ -41,8 +46,7 @@ def usage_errors() -> Iterator[None]:
             warnings.showwarning = tell
             yield
     except (ValueError, OSError, ImportError, UnsupportedError) as error:
-        message = " ".join(str(error).split())
-        errors.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+        say_error(" ".join(str(error).split()))
         raise typer.Exit(2) from error
 
 

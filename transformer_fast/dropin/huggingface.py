@@ -1,0 +1,371 @@
+"""Hugging Face transformers: ``attn_implementation="transformer_fast"`` on any of its models.
+
+Models pass everything to one function of an interface: query, key, value, a mask, and options by name. This file is
+that function in terms of :func:`transformer_fast.attention`; ``huggingface_masks.py`` is the mask.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import attention, attention_varlen
+from ..spec import BACKENDS, UnsupportedError
+from .huggingface_masks import IntervalMask, interval_mask
+
+_OPEN = (-1, -1)
+#: Options that would change the result and that no interval says.
+_REFUSED = ("block_indices", "head_mask", "layer_head_mask")
+
+
+def register_with_transformers(name: str = "transformer_fast", *, backend: str = "auto") -> str:
+    """Make ``attn_implementation=name`` available in transformers 5, for every model that uses its attention interface.
+
+    Registers the attention function, the mask function that belongs to it, and ``"paged|" + name`` for continuous
+    batching. A second call replaces what the first registered under the name. Give ``attn_implementation=name`` to
+    ``from_pretrained`` or ``from_config``: ``model.set_attn_implementation`` does not reach the blocks of a T5 that is
+    built already, which keep a copy of the configuration. Models that choose among classes of their own by the name
+    (GPT-J and Falcon, say) raise KeyError at construction.
+
+    Args:
+        name: what to give as ``attn_implementation``. transformers treats names with "flash", "sdpa", "flex_attention"
+            or "eager" in them as its own.
+        backend: of :func:`transformer_fast.attention`.
+
+    Returns:
+        the name.
+
+    Raises:
+        ImportError: transformers is not installed, or has no attention interface (before version 4.53).
+        ValueError, TypeError: an argument is wrong.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name is of type {type(name).__name__}; allowed: a string")
+    reserved = [part for part in ("flash", "sdpa", "flex_attention", "eager", "|", "/") if part in name]
+    if not name or reserved:
+        raise ValueError(f"name={name!r}; allowed: a name without {reserved[0] if reserved else 'nothing in it'!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}; allowed: {', '.join(BACKENDS)}")
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(name, functools.partial(attention_forward, backend=backend))
+    AttentionInterface.register(f"paged|{name}", functools.partial(paged_attention_forward, backend=backend))
+    AttentionMaskInterface.register(name, interval_mask)
+    return name
+
+
+class _Problem(NamedTuple):
+    """What the mask comes to: arguments of attention, and boundaries where sequences are packed."""
+
+    key: Tensor
+    value: Tensor
+    window: tuple[int, int] = _OPEN
+    seqlens_k: Tensor | None = None
+    key_padding_mask: Tensor | None = None
+    bias: Tensor | None = None
+    cu_seqlens: tuple[Tensor, Tensor, int, int] | None = None  # as attention_varlen takes them
+
+
+def attention_forward(
+    module: nn.Module | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: IntervalMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | Tensor | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    *,
+    backend: str = "auto",
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function of transformers' ``AttentionInterface``.
+
+    Args:
+        module: the layer; only its ``is_causal`` and its configuration's ``output_attentions`` are read.
+        query: (batch, num_heads, seqlen_q, head_dim).
+        key, value: (batch, num_kv_heads, seqlen_k, head_dim or head_dim_v); heads are not repeated.
+        attention_mask: where there is one, it alone says who sees whom: an :class:`IntervalMask`; bool (True = attend)
+            or floating (added) broadcastable to (batch, num_heads, seqlen_q, seqlen_k); or (batch, seqlen_k) of what
+            is no padding, to which ``is_causal`` and ``sliding_window`` are added as for None. None is
+            what sdpa makes of it: if causal, several rows stand at the first keys and a single one at the last.
+        dropout: probability of dropping an attention weight.
+        scaling: of the scores; a tensor must broadcast against the query.
+        is_causal: instead of the module's. False also opens an :class:`IntervalMask` to the right.
+        sliding_window: keys that a row sees, itself included, where no mask says it.
+        softcap, position_bias, s_aux: ``softcap``, ``bias`` and ``sinks`` of :func:`transformer_fast.attention`.
+        kwargs: ``cu_seq_lens_q``, ``cu_seq_lens_k``, ``max_length_q`` and ``max_length_k`` of a packed batch of one;
+            ``indices`` (batch, seqlen_q, k) of the only keys to be seen; ``output_attentions``. Others are models' own.
+
+    Returns:
+        (batch, seqlen_q, num_heads, head_dim_v) and the weights (batch, num_heads, seqlen_q, seqlen_k) after dropout
+        if the model was asked for them, else None. Rows that see nothing are 0.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong.
+        UnsupportedError: an option that would change the result and is not known here, or a back end asked for by
+            name cannot do it.
+    """
+    for name in _REFUSED:
+        if kwargs.get(name) is not None:
+            raise UnsupportedError(f"{name} is given; allowed: None (attn_implementation='eager' can do it)")
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    if isinstance(scaling, Tensor):
+        query, scaling = query * scaling.to(query.dtype), 1.0
+    if is_causal is None and not isinstance(attention_mask, IntervalMask):
+        is_causal = getattr(module, "is_causal", True)
+    weights_wanted = _weights_wanted(module, kwargs)
+    indices = kwargs.get("indices")
+    dense = weights_wanted or position_bias is not None or indices is not None  # packed sequences know none of them
+    problem = _problem(query, key, value, attention_mask, is_causal, sliding_window, kwargs, dense)
+    if indices is not None:
+        problem = _only(problem, query, indices)
+    if position_bias is not None:
+        problem = _with_position_bias(problem, query, position_bias)
+    if weights_wanted:  # the weights are the output for values that are the rows of the identity
+        batch, num_kv_heads, seqlen_k, _ = problem.value.shape
+        identity = torch.eye(seqlen_k, dtype=value.dtype, device=value.device).expand(batch, num_kv_heads, -1, -1)
+        problem = problem._replace(value=torch.cat((problem.value, identity), dim=-1))
+    options: dict[str, Any] = dict(
+        window_size=problem.window,
+        softmax_scale=scaling,
+        softcap=softcap or None,
+        sinks=None if s_aux is None else _floating(s_aux.reshape(-1), query),
+        dropout_p=dropout,
+        backend=backend,
+    )
+    if problem.cu_seqlens is not None:
+        packed = (t.transpose(1, 2).flatten(0, 1) for t in (query, problem.key, problem.value))
+        out = attention_varlen(*packed, *problem.cu_seqlens, **options)
+        return out.unflatten(0, (query.shape[0], query.shape[2])), None  # type: ignore[union-attr]
+    out = attention(
+        query,
+        problem.key,
+        problem.value,
+        seqlens_k=problem.seqlens_k,
+        key_padding_mask=problem.key_padding_mask,
+        bias=problem.bias,
+        **options,
+    )
+    assert isinstance(out, Tensor)
+    weights = None
+    if weights_wanted:
+        out, weights = out.split((value.shape[-1], out.shape[-1] - value.shape[-1]), dim=-1)
+        missing = key.shape[2] - weights.shape[-1]
+        weights = torch.nn.functional.pad(weights, (0, missing)) if missing else weights
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _weights_wanted(module: nn.Module | None, kwargs: dict[str, Any]) -> bool:
+    """Whether the model was asked for attention weights: by argument, configuration, or what its hooks collect."""
+    if kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
+        return True
+    collector = _collector()
+    if collector is None or (torch.compiler.is_compiling() and not collector.compiling):
+        return False
+    return any(name.endswith("attentions") for name in collector.get() or ())
+
+
+@functools.cache
+def _collector_variable() -> Any:
+    """Where transformers keeps what a model's forward collects; a private name of theirs, tests watch it."""
+    from transformers.utils import output_capturing
+
+    return output_capturing._active_collector
+
+
+def _collector() -> Any:
+    try:
+        return _collector_variable()
+    except ImportError:  # before transformers 5 models handed weights on by themselves
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------- masks
+
+
+def _problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: IntervalMask | Tensor | None,
+    is_causal: bool | None,
+    sliding_window: int | None,
+    kwargs: dict[str, Any],
+    dense: bool,
+) -> _Problem:
+    """What each kind of mask comes to."""
+    batch, _, seqlen_q, _ = query.shape
+    seqlen_k = key.shape[2]
+    if isinstance(mask, IntervalMask) and mask.shape[2:] != (seqlen_q, seqlen_k):
+        mask = mask.dense()
+    if isinstance(mask, IntervalMask):
+        window = (mask.window[0], mask.window[0]) if is_causal is False and mask.window[1] == 0 else mask.window
+        problem = _Problem(key, value, window, mask.seqlens_k, mask.key_padding_mask)
+        if mask.cu_seqlens is None:
+            return _packed_by_arguments(problem, batch, kwargs, dense)
+        if not dense:
+            lengths = (mask.cu_seqlens, mask.cu_seqlens, mask.max_seqlen, mask.max_seqlen)
+            return problem._replace(cu_seqlens=lengths)
+        mask = mask.dense()
+    if mask is not None and mask.dim() != 2:
+        return _with_mask(_Problem(key, value), query, mask)
+    left = right = -1 if sliding_window is None else sliding_window - 1
+    if is_causal:
+        right = 0
+    if mask is not None:
+        if mask.is_floating_point() or mask.is_complex():
+            raise TypeError(f"attention_mask (batch, seqlen_k) has dtype {mask.dtype}; allowed: bool or integer")
+        return _Problem(key, value, (left, right), None, mask[:, -seqlen_k:].to(torch.bool))
+    problem = _Problem(key, value, (left, right))
+    if is_causal and seqlen_q > 1 and seqlen_q != seqlen_k:  # rows stand at the first keys
+        if seqlen_q > seqlen_k:
+            offsets = torch.arange(seqlen_q, device=query.device)[:, None] - torch.arange(seqlen_k, device=query.device)
+            visible = (offsets >= 0) & (offsets <= left if left >= 0 else True)
+            return _Problem(key, value, bias=visible)
+        problem = problem._replace(key=key[:, :, :seqlen_q], value=value[:, :, :seqlen_q])
+    return _packed_by_arguments(problem, batch, kwargs, dense)
+
+
+def _packed_by_arguments(problem: _Problem, batch: int, kwargs: dict[str, Any], dense: bool) -> _Problem:
+    """With the boundaries that a collator hands to the model, where no position ids say them."""
+    cu_seqlens_q, cu_seqlens_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        return problem
+    if batch != 1 or dense or problem.seqlens_k is not None:
+        raise ValueError(
+            f"cu_seq_lens_q is given with batch={batch}; allowed: a packed batch of 1, without cache, position bias or "
+            "output_attentions"
+        )
+    longest = []
+    for name, boundaries in (("max_length_q", cu_seqlens_q), ("max_length_k", cu_seqlens_k)):
+        length = kwargs.get(name)
+        longest.append(int(boundaries.diff().max() if length is None else length))
+    boundaries = (cu_seqlens_q.to(torch.int32), cu_seqlens_k.to(torch.int32), *longest)
+    return problem._replace(key_padding_mask=None, cu_seqlens=boundaries)
+
+
+def _floating(tensor: Tensor, query: Tensor) -> Tensor:
+    """In a type that can be added to the scores."""
+    return tensor if tensor.dtype in (query.dtype, torch.float32) else tensor.to(torch.float32)
+
+
+def _with_mask(problem: _Problem, query: Tensor, mask: Tensor) -> _Problem:
+    """With a mask of four dimensions, or fewer than broadcast to them; columns past the last key are dropped."""
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(
+            f"attention_mask has dtype {str(mask.dtype).removeprefix('torch.')}; allowed: bool (True = attend) or a "
+            "floating one, which is added to the scores"
+        )
+    if mask.dim() != 4:
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; allowed: 2 or 4 dimensions")
+    batch, seqlen_k = query.shape[0], problem.key.shape[2]
+    if mask.shape[-1] > seqlen_k:
+        mask = mask[..., :seqlen_k]
+    if mask.dtype != torch.bool:
+        return problem._replace(bias=_floating(mask, query))
+    if mask.shape[1:3] == (1, 1) and mask.shape[-1] == seqlen_k and mask.shape[0] in (1, batch):
+        return problem._replace(key_padding_mask=mask[:, 0, 0].expand(batch, -1))
+    return problem._replace(bias=mask)
+
+
+def _only(problem: _Problem, query: Tensor, indices: Tensor) -> _Problem:
+    """With no other keys than those of the indices, which a sparse model has chosen for each row."""
+    if problem.cu_seqlens is not None or (problem.bias is not None and problem.bias.dtype != torch.bool):
+        raise UnsupportedError("indices are given with a mask that is added; allowed: a boolean mask")
+    shape = (query.shape[0], query.shape[2], problem.key.shape[2])
+    chosen = torch.zeros(shape, dtype=torch.bool, device=query.device).scatter(-1, indices.long(), True)[:, None]
+    return problem._replace(bias=chosen if problem.bias is None else chosen & problem.bias)
+
+
+def _with_position_bias(problem: _Problem, query: Tensor, position_bias: Tensor) -> _Problem:
+    """With what T5 and its like add to the scores."""
+    bias = _floating(position_bias, query)[..., : problem.key.shape[2]]
+    if problem.bias is not None and problem.bias.dtype == torch.bool:
+        bias = bias.where(problem.bias, float("-inf"))
+    elif problem.bias is not None:
+        bias = bias + problem.bias
+    return problem._replace(bias=bias)
+
+
+# ------------------------------------------------------------------------------------------ continuous batching
+
+
+def paged_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    *,
+    backend: str = "auto",
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of continuous batching: requests of all lengths, packed into one row.
+
+    Args:
+        module: the layer, whose ``layer_idx`` finds its part of the cache.
+        query: (1, num_heads, total_q, head_dim).
+        key, value: (1, num_kv_heads, total_q, head_dim), of the new tokens: they are written to the cache.
+        attention_mask: None; the boundaries say it all.
+        kwargs: ``cache``, ``cu_seq_lens_q``, ``cu_seq_lens_k``, ``max_seqlen_q``, ``max_seqlen_k``, ``read_index`` and
+            ``write_index`` of transformers' continuous batching.
+
+    Returns:
+        (1, total_q, num_heads, head_dim_v) and None.
+
+    Raises:
+        ValueError: outside continuous batching, or with a mask.
+        UnsupportedError: a block table, or the model wants attention weights or a position bias.
+    """
+    cache = kwargs.get("cache")
+    if cache is None:
+        raise ValueError("cache is None; allowed: a paged cache, as generate_batch makes it (else drop the 'paged|')")
+    if attention_mask is not None:
+        raise ValueError(f"attention_mask is a {type(attention_mask).__name__}; allowed: None in continuous batching")
+    for name in ("block_table", "position_bias", *_REFUSED):
+        if kwargs.get(name) is not None:
+            raise UnsupportedError(f"{name} is given; allowed: None in continuous batching")
+    if _weights_wanted(module, kwargs):
+        raise UnsupportedError("output_attentions is True; allowed: False in continuous batching")
+    key, value = cache.update(
+        key_states=key,
+        value_states=value,
+        layer_idx=module.layer_idx,
+        read_index=kwargs["read_index"],
+        write_index=kwargs["write_index"],
+    )  # (total_k, num_kv_heads, head_dim)
+    sliding_window = cache.sliding_windows[module.layer_idx]  # 1 stands for none
+    left = -1 if sliding_window == 1 else sliding_window - 1
+    cu_seqlens_k, max_seqlen_k = kwargs["cu_seq_lens_k"], kwargs["max_seqlen_k"]
+    if isinstance(cu_seqlens_k, dict):
+        layer_type = "full_attention" if left < 0 else "sliding_attention"
+        cu_seqlens_k, max_seqlen_k = cu_seqlens_k[layer_type], max_seqlen_k[layer_type]
+    out = attention_varlen(
+        query[0].transpose(0, 1),
+        key,
+        value,
+        kwargs["cu_seq_lens_q"].to(torch.int32),
+        cu_seqlens_k.to(torch.int32),
+        kwargs["max_seqlen_q"],
+        max_seqlen_k,
+        window_size=(left, 0),
+        softmax_scale=scaling,
+        softcap=softcap or None,
+        sinks=None if s_aux is None else _floating(s_aux.reshape(-1), query),
+        dropout_p=dropout,
+        backend=backend,
+    )
+    assert isinstance(out, Tensor)
+    return out[None], None

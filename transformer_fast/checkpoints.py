@@ -50,6 +50,7 @@ class Source:
         transposed: the file has it as (in, out).
         is_row: the file has the vector as a matrix of one row.
         others: further names under which the same tensor may stand, or stand again.
+        optional: a file may lack it, which is zeros.
     """
 
     names: tuple[str, ...]
@@ -57,6 +58,7 @@ class Source:
     transposed: bool = False
     is_row: bool = False
     others: tuple[str, ...] = ()
+    optional: bool = False
 
 
 KeyMap = Mapping[str, Source]
@@ -195,7 +197,8 @@ def load_into(
 
 def _absent(source: Source, checkpoint: Checkpoint) -> list[str]:
     if len(source.names) == 1:
-        return [] if any(n in checkpoint for n in (*source.names, *source.others)) else [source.names[0]]
+        is_there = source.optional or any(n in checkpoint for n in (*source.names, *source.others))
+        return [] if is_there else [source.names[0]]
     return [n for n in source.names if n not in checkpoint]
 
 
@@ -204,6 +207,8 @@ def _assemble(
 ) -> Tensor:
     """A parameter from its parts, in memory of its own: a mapped file may be overwritten."""
     held = [n for n in (*source.names, *source.others) if n in checkpoint]
+    if not held:
+        return torch.zeros(shape, dtype=dtype or checkpoint[next(iter(checkpoint))].dtype)
     if len(source.names) == 1:
         parts = [checkpoint[held[0]]]
         for other in held[1:]:

@@ -62,6 +62,7 @@ class PagedCache:
             if number < 1:
                 raise ValueError(f"{name}={number} must be at least 1")
         self.num_pages, self.page_size, self.device = num_pages, page_size, torch.device(device)
+        self.layers, self.dtype = tuple(layers), dtype
         self.buffers = [
             torch.empty(2, num_pages, shape.num_kv_heads, page_size, shape.head_dim, device=device, dtype=dtype)
             for shape in layers
@@ -148,6 +149,7 @@ class PagedBatch:
         if len({id(sequence) for sequence in sequences}) < len(sequences):
             raise ValueError("sequences has one of them twice")
         self.cache, self.sequences = cache, list(sequences)
+        self.layers, self.dtype = cache.layers, cache.dtype
         # Positions are counted by each sequence's tokens.
         self.by_token, self.columns, self.padding = True, 0, None
         self._lengths = [sequence.length for sequence in sequences]

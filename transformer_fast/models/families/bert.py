@@ -4,26 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformer_fast.models.config import Architecture, HeadConfig, HeadKind, ModelConfig
-from transformer_fast.models.families.family import (
-    Family,
-    Names,
-    Tensors,
-    Values,
-    activation,
-    classes,
-    head_kind,
-    require,
-)
+from transformer_fast.models.config import Architecture, HeadConfig, ModelConfig
+from transformer_fast.models.families import family as f
+from transformer_fast.models.families.family import Family, Names, Tensors, Values
 
-_KINDS: dict[str, HeadKind] = {
-    "Model": "none",
-    "ForMaskedLM": "masked",
-    "ForPreTraining": "pretraining",
-    "ForSequenceClassification": "sequence",
-    "ForTokenClassification": "token",
-    "ForQuestionAnswering": "question",
-}
 _NAMES: Names = {
     "encoder.embeddings.tokens": "embeddings.word_embeddings",
     "encoder.embeddings.positions": "embeddings.position_embeddings",
@@ -53,7 +37,7 @@ _POOLER = r"pooler\.dense\.(weight|bias)"
 
 
 def _stack(values: Values, **changes: Any) -> ModelConfig:
-    require(values, position_embedding_type="absolute", is_decoder=False)
+    f.require(values, position_embedding_type="absolute", is_decoder=False)
     settings = {
         "vocab_size": values["vocab_size"],
         "hidden_size": values["hidden_size"],
@@ -63,7 +47,7 @@ def _stack(values: Values, **changes: Any) -> ModelConfig:
         "max_positions": values["max_position_embeddings"],
         "norm_placement": "post",
         "norm_eps": values.get("layer_norm_eps", 1e-12),
-        "activation": activation(values.get("hidden_act", "gelu")),
+        "activation": f.activation(values.get("hidden_act", "gelu")),
         "padding_id": values.get("pad_token_id", 0),
         "token_types": values.get("type_vocab_size", 2),
         "embedding_norm": True,
@@ -75,19 +59,20 @@ def _stack(values: Values, **changes: Any) -> ModelConfig:
 
 
 def _head(values: Values, tensors: Tensors, prefix: str) -> HeadConfig:
-    kind = head_kind(values, {prefix + name: kind for name, kind in _KINDS.items()})
+    kind = f.head_kind(values, prefix, *f.ENCODERS, *(["ForPreTraining"] if prefix == "Bert" else []))
     dropout = values.get("classifier_dropout")
     # A base model is saved with its pooler or without.
-    pooled = kind == "pretraining" or (kind == "none" and "pooler.dense.weight" in tensors)
+    pooled = kind == "pretraining" or (kind == "none" and f.may_hold(tensors, "pooler.dense.weight"))
     return HeadConfig(
         kind,
         pooler=pooled,
         tied=values.get("tie_word_embeddings", True) and kind in ("masked", "pretraining"),
-        transform=activation(values.get("hidden_act", "gelu")) if prefix == "Bert" else "gelu",
+        transform=f.activation(values.get("hidden_act", "gelu")) if prefix == "Bert" else "gelu",
         bias=True,
         dense="tanh" if kind == "sequence" else None,
         dropout=values.get("hidden_dropout_prob", 0.1) if dropout is None else dropout,
-        **classes(values),
+        dropout_first=prefix == "Roberta",
+        **f.classes(values),
     )
 
 

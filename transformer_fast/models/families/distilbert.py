@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from transformer_fast.models.config import Architecture, HeadConfig, HeadKind, ModelConfig
-from transformer_fast.models.families.family import Family, Tensors, Values, activation, classes, head_kind
-
-_KINDS: dict[str, HeadKind] = {
-    "DistilBertModel": "none",
-    "DistilBertForMaskedLM": "masked",
-    "DistilBertForSequenceClassification": "sequence",
-    "DistilBertForTokenClassification": "token",
-    "DistilBertForQuestionAnswering": "question",
-}
+from transformer_fast.models.config import Architecture, HeadConfig, ModelConfig
+from transformer_fast.models.families import family as f
+from transformer_fast.models.families.family import Family, Tensors, Values
 
 
 def read(values: Values, tensors: Tensors) -> Architecture:
     """From a DistilBERT config.json."""
-    kind = head_kind(values, _KINDS)
+    kind = f.head_kind(values, "DistilBert", *f.ENCODERS)
     dropout: float = values.get("dropout", 0.1)
     dropouts: dict[str, float] = {
         "sequence": values.get("seq_classif_dropout", 0.2),
         "question": values.get("qa_dropout", 0.1),
     }
-    act = activation(values.get("activation", "gelu"))
+    act = f.activation(values.get("activation", "gelu"))
     stack = ModelConfig(
         vocab_size=values["vocab_size"],
         hidden_size=values["dim"],
@@ -36,6 +29,7 @@ def read(values: Values, tensors: Tensors) -> Architecture:
         embedding_norm=True,
         padding_id=values.get("pad_token_id", 0),
         dropout=dropout,
+        attention_output_dropout=0.0,
         attention_dropout=values.get("attention_dropout", 0.1),
         initializer_range=values.get("initializer_range", 0.02),
     )
@@ -46,7 +40,7 @@ def read(values: Values, tensors: Tensors) -> Architecture:
         bias=True,
         dense="relu" if kind == "sequence" else None,
         dropout=dropouts.get(kind, dropout),
-        **classes(values),
+        **f.classes(values),
     )
     return Architecture(encoder=stack, head=head, values=values)
 

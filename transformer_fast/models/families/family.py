@@ -40,6 +40,7 @@ class Family:
         others: further names, by ours, under which the same tensor may stand (tied weights).
         own_names: files have our names.
         rows: our vectors that are stored as a matrix of one row.
+        optional: our tensors that are zeros where a file lacks them.
     """
 
     model_type: str
@@ -52,6 +53,7 @@ class Family:
     others: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     own_names: bool = False
     rows: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
 
     def key_map(self, model: Model) -> KeyMap:
         """From the model's names to the file's."""
@@ -61,6 +63,12 @@ class Family:
         # A head that is not tied has its name for itself.
         taken = {name.removeprefix(self.prefix) for source in found.values() for name in source.names}
         return {n: replace(s, others=tuple(o for o in s.others if o not in taken)) for n, s in found.items()}
+
+    def heads_stray(self) -> tuple[str, ...]:
+        """Patterns of the names that its heads have: stray to a model of another head."""
+        tables = (*self.heads.values(), self.others)
+        theirs = [name for table in tables for names in table.values() for name in _several(names)]
+        return tuple(rf"{re.escape(name.removeprefix(self.prefix))}(\..+)?" for name in theirs)
 
     def _source(self, model: Model, name: str) -> Source:
         """Where parameter ``name`` comes from."""
@@ -77,7 +85,10 @@ class Family:
             used = [i for i, (_, has_bias) in enumerate(parts) if has_bias or leaf == "weight"]
             full, sizes = [full[i] for i in used], [parts[i][0] for i in used]
         turned = leaf == "weight" and re.fullmatch(self.transposed, module) is not None
-        return Source(tuple(full), tuple(sizes), turned, general in self.rows, self.others.get(general, ()))
+        others = self.others.get(general, ())
+        return Source(
+            tuple(full), tuple(sizes), turned, general in self.rows, others, optional=general in self.optional
+        )
 
     def _theirs(self, kind: HeadKind, tensor: str, variant: str, module: str) -> tuple[tuple[str, ...], bool]:
         """Their names of a tensor, or of its module (then True: what kind of tensor is to be added)."""
@@ -85,10 +96,12 @@ class Family:
         for table, where in ((self.names, prefix), (self.heads.get(kind, {}), "")):
             for ours in (tensor, variant, module):
                 if ours in table:
-                    theirs = table[ours]
-                    names = (theirs,) if isinstance(theirs, str) else theirs
-                    return tuple(where + name for name in names), ours != tensor
+                    return tuple(where + name for name in _several(table[ours])), ours != tensor
         raise KeyError(f"the family {self.model_type} has no name for {tensor}")
+
+
+def _several(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names
 
 
 _ACTIVATIONS: dict[str, Activation] = {
@@ -118,12 +131,39 @@ def require(values: Values, **supported: object) -> None:
             raise ValueError(f"{kind} checkpoints with {name}={values[name]!r} are not supported; only {value!r}")
 
 
-def head_kind(values: Values, kinds: Mapping[str, HeadKind]) -> HeadKind:
-    """The head that ``architectures`` names; the first of ``kinds`` where config.json does not say."""
-    names = values.get("architectures") or list(kinds)[:1]
-    if names[0] not in kinds:
-        raise ValueError(f"architectures={names!r} is not supported; allowed: {', '.join(kinds)}")
-    return kinds[names[0]]
+#: What the public classes are called after their family's prefix.
+_KINDS: dict[str, HeadKind] = {
+    "Model": "none",
+    "EncoderModel": "none",
+    "ForMaskedLM": "masked",
+    "ForPreTraining": "pretraining",
+    "ForCausalLM": "language",
+    "LMHeadModel": "language",
+    "WithLMHeadModel": "language",  # what T5's was called at first
+    "MTModel": "language",
+    "ForConditionalGeneration": "language",
+    "ForSequenceClassification": "sequence",
+    "ForImageClassification": "sequence",
+    "ForTokenClassification": "token",
+    "ForQuestionAnswering": "question",
+}
+
+#: Those that all encoders of text have.
+ENCODERS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+
+def head_kind(values: Values, prefix: str, *known: str) -> HeadKind:
+    """The head that ``architectures`` names, of the ``known`` classes; the first where config.json does not say."""
+    allowed = {prefix + name: _KINDS[name] for name in known}
+    names = values.get("architectures") or list(allowed)[:1]
+    if names[0] not in allowed:
+        raise ValueError(f"architectures={names!r} is not supported; allowed: {', '.join(allowed)}")
+    return allowed[names[0]]
+
+
+def may_hold(tensors: Tensors, name: str) -> bool:
+    """Whether a part that files have or have not is to be built: a new model, of no file, has it."""
+    return not tensors or name in tensors
 
 
 def classes(values: Values) -> dict[str, Any]:

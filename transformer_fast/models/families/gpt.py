@@ -5,17 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from transformer_fast.models.config import Architecture, HeadConfig, HeadKind, ModelConfig
-from transformer_fast.models.families.family import (
-    Family,
-    Names,
-    Tensors,
-    Values,
-    activation,
-    classes,
-    head_kind,
-    is_tied,
-    require,
-)
+from transformer_fast.models.families import family as f
+from transformer_fast.models.families.family import Family, Names, Tensors, Values
 
 
 def _stack(values: Values, **facets: Any) -> ModelConfig:
@@ -31,47 +22,38 @@ def _stack(values: Values, **facets: Any) -> ModelConfig:
         norm_eps=values.get("layer_norm_epsilon", 1e-5),
         types_are_tokens=True,
         dropout=values.get("resid_pdrop", 0.1),
+        embedding_dropout=values.get("embd_pdrop", 0.1),
         attention_dropout=values.get("attn_pdrop", 0.1),
         initializer_range=values.get("initializer_range", 0.02),
         **facets,
     )
 
 
-def _head(values: Values, tensors: Tensors, kinds: dict[str, HeadKind], table: str) -> HeadConfig:
-    kind = head_kind(values, kinds)
-    tied = kind == "language" and is_tied(values, tensors, table, "lm_head.weight", default=True)
-    return HeadConfig(kind, tied=tied, pick="last", **classes(values))
+def _head(values: Values, tensors: Tensors, prefix: str, table: str) -> HeadConfig:
+    kind = f.head_kind(values, prefix, "LMHeadModel", "Model", "ForSequenceClassification")
+    tied = kind == "language" and f.is_tied(values, tensors, table, "lm_head.weight", default=True)
+    return HeadConfig(kind, tied=tied, pick="last", **f.classes(values))
 
 
 def read_gpt(values: Values, tensors: Tensors) -> Architecture:
     """From an OpenAI GPT config.json: its "gelu" is the tanh form."""
-    kinds: dict[str, HeadKind] = {
-        "OpenAIGPTLMHeadModel": "language",
-        "OpenAIGPTModel": "none",
-        "OpenAIGPTForSequenceClassification": "sequence",
-    }
     name = values.get("afn", "gelu")
-    act = "gelu_tanh" if name == "gelu" else activation(name)
+    act = "gelu_tanh" if name == "gelu" else f.activation(name)
     stack = _stack(values, activation=act, norm_placement="post")
-    head = _head(values, tensors, kinds, "tokens_embed.weight")
+    head = _head(values, tensors, "OpenAIGPT", "tokens_embed.weight")
     return Architecture(decoder=stack, head=head, values=values)
 
 
 def read_gpt2(values: Values, tensors: Tensors) -> Architecture:
     """From a GPT-2 config.json."""
-    kinds: dict[str, HeadKind] = {
-        "GPT2LMHeadModel": "language",
-        "GPT2Model": "none",
-        "GPT2ForSequenceClassification": "sequence",
-    }
-    require(values, add_cross_attention=False)
+    f.require(values, add_cross_attention=False)
     stack = _stack(
         values,
-        activation=activation(values.get("activation_function", "gelu_new")),
+        activation=f.activation(values.get("activation_function", "gelu_new")),
         softmax_scale=None if values.get("scale_attn_weights", True) else 1.0,
         scale_by_layer=values.get("scale_attn_by_inverse_layer_idx", False),
     )
-    return Architecture(decoder=stack, head=_head(values, tensors, kinds, "wte.weight"), values=values)
+    return Architecture(decoder=stack, head=_head(values, tensors, "GPT2", "wte.weight"), values=values)
 
 
 _HEADS: dict[HeadKind, Names] = {

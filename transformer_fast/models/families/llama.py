@@ -4,31 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformer_fast.models.config import Architecture, HeadConfig, HeadKind, ModelConfig
-from transformer_fast.models.families.family import (
-    Family,
-    Names,
-    Tensors,
-    Values,
-    activation,
-    classes,
-    head_kind,
-    is_tied,
-    require,
-    rotary,
-)
+from transformer_fast.models.config import Architecture, HeadConfig, ModelConfig
+from transformer_fast.models.families import family as f
+from transformer_fast.models.families.family import Family, Names, Tensors, Values
 
 
 def _architecture(
     values: Values, tensors: Tensors, name: str, *, tied: bool, logit_softcap: float | None = None, **facets: Any
 ) -> Architecture:
     """What the three share; ``tied`` is what an absent ``tie_word_embeddings`` means."""
-    kinds: dict[str, HeadKind] = {
-        f"{name}ForCausalLM": "language",
-        f"{name}Model": "none",
-        f"{name}ForSequenceClassification": "sequence",
-    }
-    kind, heads = head_kind(values, kinds), values["num_attention_heads"]
+    kind = f.head_kind(values, name, "ForCausalLM", "Model", "ForSequenceClassification")
+    heads = values["num_attention_heads"]
     biases = ("q", "k", "v", "out") if values.get("attention_bias") else ()
     stack = ModelConfig(
         vocab_size=values["vocab_size"],
@@ -46,32 +32,33 @@ def _architecture(
         biases=(*biases, "mlp") if values.get("mlp_bias") else biases,
         attention_dropout=values.get("attention_dropout", 0.0),
         initializer_range=values.get("initializer_range", 0.02),
-        **rotary(values),
+        **f.rotary(values),
         **facets,
     )
-    tied = kind == "language" and is_tied(values, tensors, "embed_tokens.weight", "lm_head.weight", default=tied)
-    head = HeadConfig(kind, tied=tied, softcap=logit_softcap, pick="last", **classes(values))
+    tied = kind == "language" and f.is_tied(values, tensors, "embed_tokens.weight", "lm_head.weight", default=tied)
+    head = HeadConfig(kind, tied=tied, softcap=logit_softcap, pick="last", **f.classes(values))
     return Architecture(decoder=stack, head=head, values=values)
 
 
 def read_llama(values: Values, tensors: Tensors) -> Architecture:
     """From a Llama config.json."""
-    act = activation(values.get("hidden_act", "silu"), gated=True)
+    act = f.activation(values.get("hidden_act", "silu"), gated=True)
+    values = {"max_position_embeddings": 2048, **values}
     return _architecture(values, tensors, "Llama", tied=False, activation=act)
 
 
 def read_mistral(values: Values, tensors: Tensors) -> Architecture:
     """From a Mistral config.json: ``sliding_window`` counts the token itself; null is none."""
-    act = activation(values.get("hidden_act", "silu"), gated=True)
-    values = {"num_key_value_heads": 8, **values}
+    act = f.activation(values.get("hidden_act", "silu"), gated=True)
+    values = {"num_key_value_heads": 8, "max_position_embeddings": 131072, **values}
     window = values.get("sliding_window", 4096)
     return _architecture(values, tensors, "Mistral", tied=False, activation=act, sliding_window=window)
 
 
 def read_gemma2(values: Values, tensors: Tensors) -> Architecture:
     """From a Gemma 2 config.json: a window on every other layer, from the first, unless ``layer_types`` says."""
-    require(values, use_bidirectional_attention=False)
-    values = {"head_dim": 256, "num_key_value_heads": 4, **values}
+    f.require(values, use_bidirectional_attention=False)
+    values = {"head_dim": 256, "num_key_value_heads": 4, "max_position_embeddings": 8192, **values}
     number = values["num_hidden_layers"]
     kinds = values.get("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in range(number)]
     act = values.get("hidden_activation") or values.get("hidden_act") or "gelu_pytorch_tanh"
@@ -81,7 +68,7 @@ def read_gemma2(values: Values, tensors: Tensors) -> Architecture:
         "Gemma2",
         tied=True,
         logit_softcap=values.get("final_logit_softcapping", 30.0),
-        activation=activation(act, gated=True),
+        activation=f.activation(act, gated=True),
         norm_placement="sandwich",
         norm_plus_one=True,
         embedding_scale=values["hidden_size"] ** 0.5,

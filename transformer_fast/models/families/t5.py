@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from transformer_fast.models.config import Architecture, HeadConfig, HeadKind, ModelConfig
-from transformer_fast.models.families.family import Family, Names, Tensors, Values, activation, head_kind, is_tied
-
-_KINDS: dict[str, HeadKind] = {
-    "T5ForConditionalGeneration": "language",
-    "T5WithLMHeadModel": "language",  # what it was called at first
-    "T5Model": "none",
-    "T5EncoderModel": "none",
-}
+from transformer_fast.models.config import Architecture, HeadConfig, ModelConfig
+from transformer_fast.models.families import family as f
+from transformer_fast.models.families.family import Family, Names, Tensors, Values
 
 
 def read(values: Values, tensors: Tensors) -> Architecture:
@@ -19,7 +13,7 @@ def read(values: Values, tensors: Tensors) -> Architecture:
     Version 1.0 ties its head to the tokens and scales what it reads; 1.1 does neither. Config files say so by
     ``tie_word_embeddings``, or of late by ``scale_decoder_outputs``.
     """
-    kind = head_kind(values, _KINDS)
+    kind = f.head_kind(values, "T5", "ForConditionalGeneration", "WithLMHeadModel", "Model", "EncoderModel")
     size, projection = values["d_model"], values.get("feed_forward_proj", "relu")
     gated = projection.startswith("gated-")
     name = "gelu_new" if projection == "gated-gelu" else projection.removeprefix("gated-")
@@ -32,14 +26,14 @@ def read(values: Values, tensors: Tensors) -> Architecture:
         "max_positions": 1,  # relative: there is no longest sequence
         "norm": "rmsnorm",
         "norm_eps": values.get("layer_norm_epsilon", 1e-6),
-        "activation": activation(name, gated=gated),
+        "activation": f.activation(name, gated=gated),
         "biases": (),
         "positions": "relative",
         "relative_buckets": values.get("relative_attention_num_buckets", 32),
         "relative_max_distance": values.get("relative_attention_max_distance", 128),
         "softmax_scale": 1.0,
         "dropout": values.get("dropout_rate", 0.1),
-        "attention_dropout": values.get("dropout_rate", 0.1),
+        **{f"{place}_dropout": values.get("dropout_rate", 0.1) for place in ("attention", "activation", "final")},
     }
     encoder = ModelConfig(num_layers=values["num_layers"], **shared)
     if values.get("architectures") == ["T5EncoderModel"]:
@@ -47,7 +41,7 @@ def read(values: Values, tensors: Tensors) -> Architecture:
     layers = values.get("num_decoder_layers") or values["num_layers"]
     decoder = ModelConfig(num_layers=layers, causal=True, cross_attention=True, **shared)
     scaled = values.get("scale_decoder_outputs", values.get("tie_word_embeddings", True))
-    tied = is_tied(values, tensors, "shared.weight", "lm_head.weight", default=True)
+    tied = f.is_tied(values, tensors, "shared.weight", "lm_head.weight", default=True)
     head = HeadConfig(kind, tied=tied and kind == "language", scale=size**-0.5 if scaled else 1.0)
     return Architecture(encoder=encoder, decoder=decoder, head=head, values=values)
 

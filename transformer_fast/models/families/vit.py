@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformer_fast.models.config import BIASES, Architecture, HeadConfig, HeadKind, ModelConfig
-from transformer_fast.models.families.family import Family, Tensors, Values, activation, classes, head_kind, require
+from transformer_fast.models.config import BIASES, Architecture, HeadConfig, ModelConfig
+from transformer_fast.models.families import family as f
+from transformer_fast.models.families.family import Family, Tensors, Values
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -15,9 +16,8 @@ def _pair(value: Any) -> tuple[int, int]:
 
 def read(values: Values, tensors: Tensors) -> Architecture:
     """From a ViT config.json."""
-    kinds: dict[str, HeadKind] = {"ViTForImageClassification": "sequence", "ViTModel": "none"}
-    kind = head_kind(values, kinds)
-    require(values, pooler_act="tanh", pooler_output_size=values["hidden_size"])
+    kind = f.head_kind(values, "ViT", "ForImageClassification", "Model")
+    f.require(values, pooler_act="tanh", pooler_output_size=values["hidden_size"])
     image, patch = _pair(values.get("image_size", 224)), _pair(values.get("patch_size", 16))
     stack = ModelConfig(
         vocab_size=0,
@@ -27,7 +27,7 @@ def read(values: Values, tensors: Tensors) -> Architecture:
         intermediate_size=values["intermediate_size"],
         max_positions=1 + (image[0] // patch[0]) * (image[1] // patch[1]),
         norm_eps=values.get("layer_norm_eps", 1e-12),
-        activation=activation(values.get("hidden_act", "gelu")),
+        activation=f.activation(values.get("hidden_act", "gelu")),
         biases=BIASES if values.get("qkv_bias", True) else ("out", "mlp"),
         dropout=values.get("hidden_dropout_prob", 0.0),
         attention_dropout=values.get("attention_probs_dropout_prob", 0.0),
@@ -37,7 +37,9 @@ def read(values: Values, tensors: Tensors) -> Architecture:
         patch_size=patch,
         image_size=image,
     )
-    head = HeadConfig(kind, pooler=kind == "none" and "pooler.dense.weight" in tensors, bias=True, **classes(values))
+    head = HeadConfig(
+        kind, pooler=kind == "none" and f.may_hold(tensors, "pooler.dense.weight"), bias=True, **f.classes(values)
+    )
     return Architecture(encoder=stack, head=head, final_state_unnormed=True, values=values)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from transformer_fast.models.config import BIASES, Architecture, HeadConfig
+from transformer_fast.models.families import family as f
 from transformer_fast.models.families.bart import layer_names, stack
-from transformer_fast.models.families.family import Family, Tensors, Values, head_kind, is_tied
+from transformer_fast.models.families.family import Family, Tensors, Values
 
 
 def read(values: Values, tensors: Tensors) -> Architecture:
     """From a Whisper config.json: no bias on keys, and fixed positions of frames that the file holds."""
-    kind = head_kind(values, {"WhisperForConditionalGeneration": "language", "WhisperModel": "none"})
+    kind = f.head_kind(values, "Whisper", "ForConditionalGeneration", "Model")
+    values = {"dropout": 0.0, **values}
     biases = tuple(name for name in BIASES if name != "k")
     encoder = stack(
         values,
@@ -28,7 +30,7 @@ def read(values: Values, tensors: Tensors) -> Architecture:
         max_positions=values.get("max_target_positions", 448),
         biases=biases,
     )
-    tied = kind == "language" and is_tied(
+    tied = kind == "language" and f.is_tied(
         values, tensors, "decoder.embed_tokens.weight", "proj_out.weight", default=True
     )
     return Architecture(encoder=encoder, decoder=decoder, head=HeadConfig(kind, tied=tied), values=values)

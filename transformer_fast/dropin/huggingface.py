@@ -6,6 +6,7 @@ that function in terms of :func:`transformer_fast.attention`; ``huggingface_mask
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from .huggingface_masks import IntervalMask, interval_mask
 
 _OPEN = (-1, -1)
 #: Options that would change the result and that no interval says.
+#: Where transformers 5 keeps what hooks are to collect in a forward pass; None until registered.
+_collector: Any = None
 _REFUSED = ("block_indices", "head_mask", "layer_head_mask")
 
 
@@ -50,6 +53,12 @@ def register_with_transformers(name: str = "transformer_fast", *, backend: str =
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}; allowed: {', '.join(BACKENDS)}")
     from transformers import AttentionInterface, AttentionMaskInterface
+
+    global _collector
+    with contextlib.suppress(ImportError, AttributeError):  # before version 5 models hand weights on by themselves
+        from transformers.utils import output_capturing
+
+        _collector = output_capturing._active_collector
 
     AttentionInterface.register(name, functools.partial(attention_forward, backend=backend))
     AttentionInterface.register(f"paged|{name}", functools.partial(paged_attention_forward, backend=backend))
@@ -167,25 +176,9 @@ def _weights_wanted(module: nn.Module | None, kwargs: dict[str, Any]) -> bool:
     """Whether the model was asked for attention weights: by argument, configuration, or what its hooks collect."""
     if kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
         return True
-    collector = _collector()
-    if collector is None or (torch.compiler.is_compiling() and not collector.compiling):
+    if _collector is None or (torch.compiler.is_compiling() and not _collector.compiling):
         return False
-    return any(name.endswith("attentions") for name in collector.get() or ())
-
-
-@functools.cache
-def _collector_variable() -> Any:
-    """Where transformers keeps what a model's forward collects; a private name of theirs, tests watch it."""
-    from transformers.utils import output_capturing
-
-    return output_capturing._active_collector
-
-
-def _collector() -> Any:
-    try:
-        return _collector_variable()
-    except ImportError:  # before transformers 5 models handed weights on by themselves
-        return None
+    return any(name.endswith("attentions") for name in _collector.get() or ())
 
 
 # ------------------------------------------------------------------------------------------------------- masks

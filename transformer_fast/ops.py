@@ -53,32 +53,41 @@ def runner_for(operands: Operands, options: Options) -> Runner:
 
 
 class _Attention(torch.autograd.Function):
-    """Gradients in eager mode (an autograd.Function costs a quarter of register_autograd per call)."""
+    """Gradients in eager mode (an autograd.Function costs a quarter of register_autograd per call).
+
+    Autograd is given the tensors that there are, since each argument costs it time, even None.
+    """
 
     @staticmethod
-    def forward(ctx: Any, runner: Runner, *operands: Tensor | None) -> tuple[Tensor, Tensor]:
-        results = runner.forward(Operands(*operands), need_lse=True, need_stats=True)  # type: ignore[arg-type]
+    def forward(ctx: Any, runner: Runner, operands: Operands, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        results = runner.forward(operands, need_lse=True, need_stats=True)
         assert results.lse is not None
-        ctx.save_for_backward(*operands, *results)
-        ctx.options = runner.spec.options
+        ctx.save_for_backward(*tensors, *results)
+        ctx.runner = runner
         ctx.set_materialize_grads(False)
         return results.out, results.lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
-        operands, results = Operands(*saved[:_NUM_OPERANDS]), Results(*saved[_NUM_OPERANDS:])
-        needs = ctx.needs_input_grad[1:]
+        spec, saved = ctx.runner.spec, iter(ctx.saved_tensors)
+        operands = Operands(*(None if layout is None else next(saved) for layout in spec.layouts))  # type: ignore[arg-type]
+        results, given = Results(*saved), iter(ctx.needs_input_grad[2:])
+        needs = [layout is not None and next(given) for layout in spec.layouts]
         if dout is None:
             dout = torch.zeros_like(results.out)
         if torch.is_grad_enabled():  # create_graph=True: whoever differentiates again must hear that it cannot be
             wanted = (needs[_BIAS], needs[_SINKS])
-            op = _TransformedBackward.apply
-            return None, *_by_operand(op(*operands, *ctx.options, *results, dout, dlse, *wanted), needs)
-        # Asked again: saved-tensor hooks may have given the operands other strides than forward saw.
-        runner = runner_for(operands, ctx.options)
-        grads = runner.backward(operands, results, dout, dlse, dbias=needs[_BIAS], dsinks=needs[_SINKS])
-        return None, *_by_operand(grads, needs)
+            grads = _TransformedBackward.apply(*operands, *spec.options, *results, dout, dlse, *wanted)
+        else:
+            # Asked again: saved-tensor hooks may have given the operands other strides than forward saw.
+            runner = runner_for(operands, spec.options)
+            grads = runner.backward(operands, results, dout, dlse, dbias=needs[_BIAS], dsinks=needs[_SINKS])
+        all_grads = zip(spec.layouts, _by_operand(grads, needs), strict=True)
+        return None, None, *(grad for layout, grad in all_grads if layout is not None)
+
+
+#: ``_Attention.apply`` without what PyTorch looks for there in each call: transforms, which go through the ops.
+_apply_attention = super(torch.autograd.Function, _Attention).apply
 
 
 def _by_operand(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -94,31 +103,30 @@ def _is_transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _is_traced(operands: Operands, options: Options) -> bool:
-    """Is somebody watching who must see an op: a compiler, a tracer, a mode, a transform, a tensor subclass?"""
-    tensor: Any
-    must_dispatch, compiling = False, torch.compiler.is_compiling()
-    for tensor in operands:
+def _is_traced(operands: Operands, options: Options, tensors: Sequence[Any]) -> bool:
+    """Is somebody watching who must see an op: a compiler, a tracer, a mode, a transform, a tensor subclass?
+
+    ``tensors`` are the operands that there are.
+    """
+    compiling = torch.compiler.is_compiling()
+    must_dispatch = (
+        compiling
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
+    for tensor in tensors:
         kind = type(tensor)
-        if tensor is None:
-            continue
         if kind is Tensor or kind is Parameter:
             must_dispatch |= not compiling and tensor.is_neg()  # memory has the other sign: the dispatcher resolves it
             continue
         if not isinstance(tensor, Tensor):
             check(operands, options)  # raises, naming the argument
         must_dispatch = True
-    return (
-        must_dispatch
-        or operands.query.is_meta
-        or compiling
-        or torch._C._len_torch_dispatch_stack() > 0
-        or _is_transformed()
-        or torch._C._get_tracing_state() is not None
-    )
+    return must_dispatch or operands.query.is_meta
 
 
-def _takes_gradient(operands: Operands) -> bool:
+def _takes_gradient(operands: Sequence[Tensor | None]) -> bool:
     """Must autograd hear of this call?"""
     if not torch.is_grad_enabled():
         return False
@@ -162,10 +170,12 @@ def autocast_operands(operands: Operands) -> Operands:
 
 def run(operands: Operands, options: Options, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     """One attention problem from operands and options: the one place where the ways part."""
-    if any(t is None for t in operands[:3]):
+    if operands.query is None or operands.key is None or operands.value is None:
         check(operands, options)  # raises, naming the argument
-    traced = _is_traced(operands, options)
-    operands = autocast_operands(operands)
+    tensors = [t for t in operands if t is not None]
+    traced = _is_traced(operands, options, tensors)
+    if traced or torch._C._is_any_autocast_enabled():
+        operands = autocast_operands(operands)
     if options.dropout_p > 0.0:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=operands.query.device)
         operands = operands._replace(rng_seed=seed)
@@ -177,8 +187,8 @@ def run(operands: Operands, options: Options, need_lse: bool) -> tuple[Tensor, T
     runner = runner_for(operands, options)
     if not runner.is_differentiable and forward_ad._current_level >= 0:
         _refuse_tangents(operands)
-    if not runner.is_differentiable and _takes_gradient(operands):
-        return _Attention.apply(runner, *operands)
+    if not runner.is_differentiable and _takes_gradient(tensors):
+        return _apply_attention(runner, operands, *[t for t in operands if t is not None])
     return runner.forward(operands, need_lse=need_lse, need_stats=False)[:2]
 
 

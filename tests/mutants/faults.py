@@ -214,7 +214,7 @@ PYTHON = [
           "slopes is not None and slopes.requires_grad and torch.is_grad_enabled(),", "False,",
           _selection("test_arguments", "slopes")),
     Fault("ops: autocast dropped", _PACKAGE + "ops.py",
-          "operands = autocast_operands(operands)\n    if options.dropout_p", "if options.dropout_p", _AUTOCAST),
+          "        operands = autocast_operands(operands)\n    if options", "        pass\n    if options", _AUTOCAST),
     Fault("ops: fake rule promises other strides", _PACKAGE + "ops.py",
           "return new_output(query, operands.value.shape[-1]), lse, stats",
           "return new_output(query.contiguous(), operands.value.shape[-1]), lse, stats", _OPCHECK),

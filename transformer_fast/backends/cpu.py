@@ -25,6 +25,7 @@ except ImportError as error:  # built without a C++ compiler, or for another Pyt
     _WHY_NOT = f"the native module transformer_fast._C_cpu does not import: {error}"
 
 _CPU = torch.device("cpu")
+_SEED = Operands._fields.index("rng_seed")
 
 
 @contextmanager
@@ -54,25 +55,25 @@ class CpuRunner(Runner):
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__(spec)
         self.packed = spec.is_packed
-        self.lse_shape = spec.lse_shape
+        # Of one number each, spread: `empty_like` of these is quicker than `empty` with the same said in words.
+        self.lse_like = torch.empty((), dtype=torch.float32, device=_CPU).expand(spec.lse_shape)
+        self.stats_like = self.lse_like.expand(2, *spec.lse_shape)
         query = spec.layout("query")
         assert query is not None
         self.out_shape, self.out_stride = output_layout(query.shape, query.stride, spec.head_dim_v)
         self.plan = _C_cpu.Plan(problem_fields(spec, self.out_stride))
 
-    def _pointers(self, operands: Operands) -> tuple[int, ...]:
-        *tensors, seed, block_table = operands
-        pointers = [0 if t is None else t.data_ptr() for t in tensors]
-        return (*pointers, 0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF, _pointer(block_table))
+    def _pointers(self, operands: Operands) -> list[int]:
+        pointers = [0 if t is None else t.data_ptr() for t in operands]
+        seed = operands.rng_seed
+        if seed is not None:  # the one operand that is passed by value
+            pointers[_SEED] = int(seed) & 0xFFFFFFFFFFFFFFFF
+        return pointers
 
     def forward(self, operands: Operands, *, need_lse: bool, need_stats: bool) -> Results:
-        # The device is named, or torch.set_default_device would choose it.
-        out = torch.empty_strided(self.out_shape, self.out_stride, dtype=self.spec.dtype, device=_CPU)
-        lse = stats = None
-        if need_lse or need_stats:
-            lse = torch.empty(self.lse_shape, dtype=torch.float32, device=_CPU)
-        if need_stats:
-            stats = torch.empty((2, *self.lse_shape), dtype=torch.float32, device=_CPU)
+        out = operands.query.new_empty_strided(self.out_shape, self.out_stride)
+        lse = torch.empty_like(self.lse_like) if need_lse or need_stats else None
+        stats = torch.empty_like(self.stats_like) if need_stats else None
         self.plan.forward(
             *self._pointers(operands), out.data_ptr(), _pointer(lse), _pointer(stats), torch.get_num_threads()
         )

@@ -28,7 +28,8 @@ class IntervalMask:
     """A mask (batch, 1, seqlen_q, seqlen_k) that is known by its interval, and is dense only when someone looks.
 
     Decoder layers pass it on as they pass a tensor. Code that computes with it (slices, casts, combines) gets the
-    dense boolean mask, True = attend, so that what it does stays right.
+    dense boolean mask, True = attend, so that what it does stays right. Added to scores, as attention does that some
+    models have outside of the interface, it is what such code expects: 0, or the least finite number.
 
     Args:
         window: (left, right) keys on each side, itself excluded; -1 is unbounded.
@@ -92,11 +93,26 @@ class IntervalMask:
             raise AttributeError(f"IntervalMask has no attribute {name!r}")
         return getattr(self.dense(), name)
 
+    def added_to(self, scores: Tensor) -> Tensor:
+        """What attention that is no part of the interface adds to its scores: 0 or the least finite number."""
+        hidden = torch.finfo(scores.dtype).min
+        return torch.zeros((), dtype=scores.dtype, device=scores.device).where(self.dense(), hidden)
+
     @classmethod
     def __torch_function__(cls, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         from torch.utils._pytree import tree_map_only
 
+        if function in _ADDITIONS and isinstance(args[0], Tensor) and args[0].is_floating_point():
+            return function(*(a.added_to(args[0]) if isinstance(a, cls) else a for a in args), **(kwargs or {}))
         return function(*tree_map_only(cls, cls.dense, args), **tree_map_only(cls, cls.dense, kwargs or {}))
+
+    def __add__(self, scores: Any) -> Any:
+        return scores + self  # which asks __torch_function__
+
+    __radd__ = __add__
+
+
+_ADDITIONS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__)
 
 
 def _answered_by_dense(name: str) -> Callable:
@@ -107,7 +123,7 @@ def _answered_by_dense(name: str) -> Callable:
 
 
 # Python looks operators up on the class, past __getattr__.
-for _name in ("getitem", "and", "rand", "or", "ror", "xor", "invert", "add", "radd", "sub", "rsub", "mul", "rmul",
+for _name in ("getitem", "and", "rand", "or", "ror", "xor", "invert", "sub", "rsub", "mul", "rmul",
               "eq", "ne", "lt", "le", "gt", "ge", "len", "iter"):  # fmt: skip
     setattr(IntervalMask, f"__{_name}__", _answered_by_dense(f"__{_name}__"))
 IntervalMask.__hash__ = object.__hash__  # type: ignore[method-assign]
@@ -243,7 +259,8 @@ def interval_mask(
     if interval is None:
         return dense_mask(arguments)
     if interval.sequence_ids is not None:
-        return _packed(interval, arguments) or dense_mask(arguments)
+        packed = _packed(interval, arguments)
+        return dense_mask(arguments) if packed is None else packed
     if not (allow_is_causal_skip or allow_is_bidirectional_skip):
         return dense_mask(arguments)
     padding = _key_padding_mask(attention_mask, kv_length, kv_offset)

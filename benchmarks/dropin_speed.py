@@ -1,0 +1,252 @@
+"""Models of transformers on our attention against the same models on SDPA: the same weights, in turns, as ratios.
+
+``python -m transformer_fast.benchmarks.dropin_speed [--only WORD] [--output FILE.md]``; needs transformers. Each case
+compares its results with float64 first, by the tolerance rule, and has no speed where they are wrong. Then what a
+drop-in costs a call beyond ``attention()``, on a problem of hardly any work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import transformer_fast
+from transformer_fast.testing import judge
+from transformer_fast.testing.environment import environment
+
+from .measure import interleaved, ratio
+
+OURS, THEIRS = "transformer_fast", "sdpa"
+#: Sizes of the models, as transformers' configurations name them.
+BERT: dict[str, Any] = {}  # the base size is its default
+LLAMA: dict[str, Any] = dict(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+    max_position_embeddings=8192,
+)
+GPT2: dict[str, Any] = dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+BOTH = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table.
+
+    Attributes:
+        config: of the model, and ``auto`` the class that builds it, by their names in transformers.
+        prepare: from a model to what is timed, a function of no arguments.
+        results: from a model to what is compared, on less input.
+    """
+
+    name: str
+    config: tuple[str, dict[str, Any]]
+    auto: str
+    prepare: Callable[[Any], Callable[[], object]]
+    results: Callable[[Any], Tensor]
+    dtypes: tuple[torch.dtype, ...] = BOTH
+
+
+@dataclass(frozen=True)
+class Line:
+    """How many times slower SDPA's model is."""
+
+    name: str
+    dtype: str
+    ratio: float
+
+
+def _ids(batch: int, seqlen: int) -> Tensor:
+    return torch.randint(5, 30000, (batch, seqlen), generator=torch.Generator().manual_seed(seqlen))
+
+
+def _padded() -> dict[str, Tensor]:
+    """16 texts of up to 128 tokens."""
+    lengths = torch.linspace(8, 128, 16).round().long()
+    return {"input_ids": _ids(16, 128), "attention_mask": (torch.arange(128) < lengths[:, None]).long()}
+
+
+def _encode(model: Any) -> Callable[[], object]:
+    batch = _padded()
+    return lambda: model(**batch)
+
+
+def _encoded(model: Any) -> Tensor:
+    batch = {name: grid[::4] for name, grid in _padded().items()}
+    found: Tensor = model(**batch).last_hidden_state[batch["attention_mask"].bool()]
+    return found
+
+
+def _read(seqlen: int) -> Callable[[Any], Callable[[], object]]:
+    def prepare(model: Any) -> Callable[[], object]:
+        ids = _ids(1, seqlen)
+        return lambda: model(ids, use_cache=False, logits_to_keep=1)
+
+    return prepare
+
+
+def _last_logits(model: Any) -> Tensor:
+    found: Tensor = model(_ids(1, 384), use_cache=False, logits_to_keep=1).logits[:, -1]
+    return found
+
+
+def _decode(model: Any) -> Callable[[], object]:
+    cache, token = model(_ids(1, 4096), use_cache=True, logits_to_keep=1).past_key_values, torch.tensor([[7]])
+
+    def step() -> object:
+        cache.crop(4096)
+        return model(token, past_key_values=cache, use_cache=True)
+
+    return step
+
+
+def _train(model: Any, seqlen: int = 1024) -> Callable[[], object]:
+    ids = _ids(1, seqlen)
+
+    def step() -> object:
+        with torch.enable_grad():
+            model(ids, labels=ids, use_cache=False).loss.backward()
+        model.zero_grad(set_to_none=True)
+        return None
+
+    return step
+
+
+def _gradient(model: Any) -> Tensor:
+    ids = _ids(1, 128)
+    with torch.enable_grad():
+        loss = model(ids, labels=ids, use_cache=False).loss
+        (found,) = torch.autograd.grad(loss, [model.transformer.h[0].attn.c_attn.weight])
+    return found
+
+
+def cases() -> list[Case]:
+    """The table's rows."""
+    llama, mistral = ("LlamaConfig", LLAMA), ("MistralConfig", LLAMA | {"sliding_window": 256})
+    language = "AutoModelForCausalLM"
+    return [
+        Case("BERT-base-sized, 16 x up to 128 tokens", ("BertConfig", BERT), "AutoModel", _encode, _encoded),
+        Case("Llama 135M-sized, prompt of 2048", llama, language, _read(2048), _last_logits),
+        Case("Mistral-style, window 256, prompt of 4096", mistral, language, _read(4096), _last_logits),
+        Case("Llama 135M-sized, one token after 4096", llama, language, _decode, _last_logits),
+        Case("GPT-2-small-sized, training step of 1024", ("GPT2Config", GPT2), language, _train, _gradient, BOTH[:1]),
+    ]
+
+
+def build(case: Case, implementation: str, dtype: torch.dtype, weights: Mapping[str, Tensor] | None = None) -> Any:
+    """The case's model, with fresh weights or with these, which are shared, not copied."""
+    import transformers
+
+    name, settings = case.config
+    config = getattr(transformers, name)(**settings)
+    auto = getattr(transformers, case.auto)
+    model = auto.from_config(config, attn_implementation=implementation, dtype=dtype).eval()
+    if weights is not None:
+        model.load_state_dict({k: w.to(dtype) for k, w in weights.items()}, assign=True)
+        model.tie_weights()
+    return model
+
+
+@torch.no_grad()
+def run(repeats: int, only: str = "") -> Iterator[Line]:
+    """Each case in its dtypes; AssertionError where our results are wrong."""
+    transformer_fast.register_with_transformers(OURS)
+    for case in cases():
+        if only not in case.name:
+            continue
+        for dtype in case.dtypes:
+            theirs = build(case, THEIRS, dtype)
+            ours = build(case, OURS, dtype, theirs.state_dict())
+            exact = build(case, "eager", torch.float64, theirs.state_dict())
+            verdict = judge(case.results(ours), case.results(exact), case.results(theirs), name=case.name)
+            assert verdict.passed, str(verdict)
+            del exact
+            samples = interleaved({OURS: case.prepare(ours), THEIRS: case.prepare(theirs)}, repeats)
+            name = str(dtype).removeprefix("torch.")
+            yield Line(case.name, name, ratio(samples[THEIRS], samples[OURS]).median)
+
+
+def peak_of_training(implementation: str) -> None:
+    """Print this process's peak memory in MiB after two training steps; to be run in a process of its own."""
+    transformer_fast.register_with_transformers(OURS)
+    case = cases()[-1]
+    step = case.prepare(build(case, implementation, torch.float32))
+    for _ in range(2):
+        step()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)  # noqa: T201
+
+
+def peaks() -> dict[str, float]:
+    """Peak memory in MiB of a process that trains, by implementation."""
+    command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, "--peak"]
+    return {
+        name: float(subprocess.run([*command, name], check=True, capture_output=True, text=True).stdout)
+        for name in (OURS, THEIRS)
+    }
+
+
+def overheads(repeats: int = 101) -> dict[str, float]:
+    """Microseconds that a call through a drop-in takes beyond ``attention()`` itself, by drop-in."""
+    from transformer_fast import attention, dropin
+    from transformer_fast.flash_attn import flash_attn_func
+
+    heads = torch.randn(3, 1, 2, 8, 32)
+    query, key, value = heads
+    rows = [part.transpose(1, 2) for part in heads]
+    scaled = torch.nn.functional.scaled_dot_product_attention
+    steps: dict[str, Callable[[], object]] = {
+        "attention": lambda: attention(query, key, value, causal=True),
+        "scaled_dot_product_attention": lambda: dropin.scaled_dot_product_attention(query, key, value, is_causal=True),
+        "flash_attn_func": lambda: flash_attn_func(*rows, causal=True),
+        "PyTorch's SDPA": lambda: scaled(query, key, value, is_causal=True),
+    }
+    with torch.no_grad():
+        samples = interleaved(steps, repeats)
+    bare = samples.pop("attention")
+    extra = {name: sorted(s - b for s, b in zip(found, bare, strict=True)) for name, found in samples.items()}
+    return {name: 1e6 * differences[len(differences) // 2] for name, differences in extra.items()}
+
+
+def main() -> None:
+    """Print the table, and write it to a file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, help="a Markdown file for the table")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument("--peak", choices=(OURS, THEIRS), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak is not None:
+        peak_of_training(options.peak)
+        return
+    lines = ["| case | dtype | the model on SDPA, time over ours |", "| --- | --- | --- |"]
+    console = Console(width=160)
+    for line in run(options.repeats, options.only):
+        lines.append(f"| {line.name} | {line.dtype} | {line.ratio:.2f}x |")
+        console.print(lines[-1], highlight=False)
+    if not options.only:
+        memory = peaks()
+        lines.append(f"| peak memory of the training step's process | float32 | {memory[THEIRS] / memory[OURS]:.2f}x |")
+        extra = ", ".join(f"{name} {us:+.1f} us" for name, us in overheads().items())
+        lines += ["", f"A call beyond `attention()`, 2 heads of 8 tokens: {extra}."]
+        console.print("\n".join(lines[-3:]), highlight=False)
+    if options.output is not None:
+        facts = "\n".join(f"- {name}: {value}" for name, value in environment().items())
+        options.output.write_text("\n".join([*lines, "", facts, ""]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -164,6 +164,24 @@ def test_gradients(name: str) -> None:
         assert verdict.passed, verdict
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    {
+        "noop": "window: window_size=(None, None) over 9 keys",
+        "causal": "window: window_size=(None, 0) over 17 keys",
+        "causal_more_keys": "window: window_size=(None, 0) over 17 keys",
+        "window": "window: window_size=(4, 0) over 17 keys",
+        "padding_causal": "window: window_size=(None, 0) over 17 keys and a key_padding_mask",
+        "cache_lengths": "lengths: window_size=(None, 0) that ends at seqlens_k",
+        "documents_causal": "documents: 9 packed sequences, window_size=(None, 0) in each",
+        "documents_of_two_lengths": "documents: 9 packed sequences, window_size=(None, None) in each",
+        "prefix": "dense: a boolean mask of (3, 1, 17, 17)",
+    }.items(),
+)
+def test_what_is_recognized_in_words(name: str, text: str) -> None:
+    assert str(recognize(block_mask(name), BATCH, NUM_HEADS)) == text
+
+
 def seen_through(mask: RecognizedMask | BlockMask, batch: int, num_heads: int, lengths: tuple[int, int]) -> Tensor:
     """What a row sees, as the kernels run it: with an identity for values, its weights that are not 0."""
     query, key = torch.zeros(batch, num_heads, lengths[0], 8), torch.zeros(batch, num_heads, lengths[1], 8)

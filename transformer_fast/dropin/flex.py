@@ -149,8 +149,7 @@ def _recognized(block_mask: Any, batch: int, num_heads: int) -> RecognizedMask:
         if found.batch == batch and found.num_heads == num_heads and watch.is_unchanged(block_mask):
             return found  # type: ignore[no-any-return]
     found = recognize(block_mask, batch, num_heads)
-    with torch.inference_mode(False):
-        setattr(block_mask, _CACHE, (found, Watch(block_mask)))
+    setattr(block_mask, _CACHE, (found, Watch(block_mask)))
     return found
 
 

@@ -245,17 +245,15 @@ def _window(rows: _Rows, seqlen_k: int) -> dict[str, Any] | None:
     below = torch.nn.functional.pad(rows.keep.long().cumsum(1), (1, 0))  # kept keys before each
     if not torch.equal(rows.count, (below[:, torch.maximum(lo, hi)] - below[:, lo])):
         return None
-    # attention() aligns the last row with the last key, and windows reach to both sides of it: end with the last key
-    # that is seen, or later where the last rows' windows lie past it.
+    # attention() aligns the last row with the last key, and windows reach to both sides of it. So what it is given ends
+    # with the last key that is seen; where that is before the last row's window, the last rows see nothing.
     num_keys = last + 1
-    if left < seqlen_q - num_keys:
-        num_keys = min(seqlen_k, seqlen_q + right)
     offset = num_keys - seqlen_q
     if left < UNBOUNDED:
         left += offset
     if right < UNBOUNDED:
         right -= offset
-    if left < 0:  # the last rows see nothing
+    if left < 0:
         return None
     keep = rows.keep[:, :num_keys]
     return {

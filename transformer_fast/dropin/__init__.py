@@ -1,0 +1,36 @@
+"""Drop-ins: the functions and modules of other libraries, over :func:`transformer_fast.attention`.
+
+Each name is imported when it is first used, so that none costs anything, nor needs its library, before that.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+#: Where each public name lives.
+_HOMES = {
+    "MultiheadAttention": "torch_nn",
+    "TransformerDecoderLayer": "torch_nn",
+    "TransformerEncoderLayer": "torch_nn",
+    "accelerate": "accelerate",
+    "flex_attention": "flex",
+    "memory_efficient_attention": "xformers",
+    "replace_modules": "torch_nn",
+    "scaled_dot_product_attention": "sdpa",
+    "varlen_attn": "varlen",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = found  # the next look-up is a plain one
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models.recomputed import recompute
 
 from transformer_fast.generation import generate
 from transformer_fast.models import CausalLM
@@ -45,31 +46,32 @@ def test_cached_generation_equals_recomputation(options, decoder):
     prompt = torch.randint(50, (2, 7))
     streamed: list[torch.Tensor] = []
     cached = generate(decoder, prompt, max_new_tokens=25, on_tokens=streamed.append, **options)
-    recomputed = generate(decoder, prompt, max_new_tokens=25, use_cache=False, **options)
+    recomputed = recompute(decoder, prompt, max_new_tokens=25, **options)
     assert cached.shape == (2, 7 + 25)
     assert torch.equal(cached, recomputed)
     assert torch.equal(torch.stack(streamed, 1), cached[:, 7:])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "recomputed"])
-def test_greedy_takes_the_most_likely_token_each_time(use_cache, decoder):
-    made = generate(decoder, torch.randint(50, (2, 7)), max_new_tokens=15, use_cache=use_cache)
+@pytest.mark.parametrize("make", [generate, recompute], ids=["cached", "recomputed"])
+def test_greedy_takes_the_most_likely_token_each_time(make, decoder):
+    made = make(decoder, torch.randint(50, (2, 7)), max_new_tokens=15)
     assert torch.equal(decoder(made).logits[:, 6:-1].argmax(-1), made[:, 7:])
 
 
-@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 3}], ids=["cached", "recomputed", "beams"])
+@pytest.mark.parametrize("make", [generate, recompute], ids=["cached", "recomputed"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_prompts_of_unequal_length(side, options, decoder):
+def test_prompts_of_unequal_length(side, options, make, decoder):
     """Each prompt of a padded batch is continued as if it were alone."""
     prompts = [torch.randint(50, (length,)) for length in (9, 1, 6)]
     ids, mask = torch.full((3, 9), 49), torch.zeros(3, 9, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
         columns = slice(9 - len(prompt), 9) if side == "left" else slice(0, len(prompt))
         ids[row, columns], mask[row, columns] = prompt, True
-    together = generate(decoder, ids, attention_mask=mask, max_new_tokens=12, **options)
+    together = make(decoder, ids, attention_mask=mask, max_new_tokens=12, **options)
     for row, prompt in enumerate(prompts):
-        alone = generate(decoder, prompt[None], max_new_tokens=12, **options)
+        alone = make(decoder, prompt[None], max_new_tokens=12, **options)
         assert torch.equal(together[row, 9:], alone[0, len(prompt) :])
 
 
@@ -92,6 +94,8 @@ def test_complaints(decoder):
         generate(decoder, ids, max_new_tokens=1, num_beams=2, on_tokens=print)
     with pytest.raises(TypeError, match="unknown generation option: colour"):
         generate(decoder, ids, colour="red")
+    with pytest.raises(ValueError, match="use_cache is not True"):
+        generate(decoder, ids, use_cache=False)
     cache = decoder(ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="hides other tokens"):
         decoder(ids[:, :1], torch.zeros(1, 5), past_key_values=cache)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias
@@ -42,6 +43,7 @@ class GenerationConfig:
         forced_bos_token_id: the token after a prompt of one token, a decoder's start.
         forced_eos_token_id: the last token of a sequence of the greatest length, or tokens to choose it from.
         suppress_tokens, begin_suppress_tokens: tokens that are not made; that are not made first.
+        renormalize_logits: scores are log-probabilities again after all other rules, which beams add up.
     """
 
     max_new_tokens: int | None = None
@@ -69,6 +71,7 @@ class GenerationConfig:
     forced_eos_token_id: Ids = ()
     suppress_tokens: Sequence[int] = ()
     begin_suppress_tokens: Sequence[int] = ()
+    renormalize_logits: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -92,8 +95,9 @@ class GenerationConfig:
 
     def _check_choices(self) -> None:
         """Refuse what is not a choice, and values that are fine each alone but not together."""
-        if not isinstance(self.do_sample, bool):
-            raise ValueError(f"do_sample={self.do_sample!r}; allowed: True or False")
+        for name in ("do_sample", "renormalize_logits"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}; allowed: True or False")
         if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
             raise ValueError(f"early_stopping={self.early_stopping!r}; allowed: True, False or 'never'")
         if self.do_sample and self.temperature == 0:
@@ -108,7 +112,14 @@ class GenerationConfig:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> GenerationConfig:
-        """From a ``generation_config.json``, or a ``config.json`` with such keys; other keys are passed over."""
+        """From a ``generation_config.json``, or a ``config.json`` with such keys; other keys are passed over.
+
+        But with a warning where they would change what is generated.
+        """
+        missed = [n for n, neutral in _NOT_HERE.items() if values.get(n) not in (None, neutral, [], {})]
+        if missed:
+            settings = ", ".join(f"{name}={values[name]!r}" for name in missed)
+            warnings.warn(f"generation settings that are not supported, and have no effect: {settings}", stacklevel=3)
         known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known and value is not None})
 
@@ -140,6 +151,31 @@ class GenerationConfig:
         """The length, prompt included, before which no sequence ends."""
         return self.min_length if self.min_new_tokens is None else prompt_length + self.min_new_tokens
 
+
+#: What else a file of transformers may ask for, and the value that asks for nothing.
+_NOT_HERE: dict[str, object] = {
+    "constraints": None,
+    "diversity_penalty": 0.0,
+    "dola_layers": None,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "exponential_decay_length_penalty": None,
+    "force_words_ids": None,
+    "forced_decoder_ids": None,
+    "guidance_scale": 1.0,
+    "max_time": None,
+    "num_beam_groups": 1,
+    "penalty_alpha": 0.0,
+    "remove_invalid_values": False,
+    "sequence_bias": None,
+    "stop_strings": None,
+    "token_healing": False,
+    "top_h": None,
+    "typical_p": 1.0,
+    "watermarking_config": None,
+}
 
 #: Names, their type, the least value and the greatest. Ids may be negative: files have -1 for "none".
 _NUMBERS: tuple[tuple[str, type[float], float, float], ...] = (

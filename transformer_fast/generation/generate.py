@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformer_fast.generation.cache import KVCache
+from transformer_fast.generation.cache import CrossCache, KVCache
 from transformer_fast.generation.config import GenerationConfig, as_ids
 from transformer_fast.generation.search import beam_search, sample_search
 from transformer_fast.generation.speculative import speculative_search
+from transformer_fast.models.checks import check_ids
 from transformer_fast.models.layers import Context
 from transformer_fast.models.model import DecoderModel, Model, Seq2SeqModel
 
@@ -26,7 +27,6 @@ def generate(
     decoder_input_ids: Tensor | None = None,
     config: GenerationConfig | None = None,
     on_tokens: Callable[[Tensor], None] | None = None,
-    use_cache: bool = True,
     draft_model: DecoderModel | None = None,
     prompt_lookup: int | None = None,
     num_draft_tokens: int = 4,
@@ -43,14 +43,12 @@ def generate(
             token, which is put before them where none has it (but not in models of audio).
         config: how to generate; default what the checkpoint says.
         on_tokens: called with each step's tokens ``(rows,)``, for streaming; not with beams.
-        use_cache: keep keys and values, or compute all of the sequence again for each token
-            (the definition that the cached path is tested against).
         draft_model: a quicker model of the same vocabulary, which proposes ``num_draft_tokens`` at a time for ``model``
             to check in one pass; for decoder-only models, without beams. Greedy ids are the same, and draws have the
             same distribution. ``on_tokens`` gets a column once all rows have come so far.
         prompt_lookup: in place of a draft model: proposed is what followed where the sequence had its last so many
             tokens before, or fewer of them.
-        options: of :class:`GenerationConfig`, in place of the config's.
+        options: of :class:`GenerationConfig`, in place of the config's; and ``use_cache=True``, which always holds.
 
     Returns:
         ``(batch * num_return_sequences, length)`` int64: the prompts, or what the decoder began with, and the new
@@ -58,16 +56,23 @@ def generate(
     """
     if not hasattr(model.head, "logits") or not isinstance(model, (DecoderModel, Seq2SeqModel)):
         raise TypeError(f"model is a {type(model).__name__} with no language head to generate with")
+    is_decoder = isinstance(model, DecoderModel)
+    if inputs is None:
+        raise TypeError("input_ids is None; allowed: (batch, seqlen) ids, or input_features for models of audio")
+    if is_decoder and decoder_input_ids is not None:
+        raise TypeError(f"decoder_input_ids is given to a {type(model).__name__}, which reads input_ids alone")
+    if model.stacks[0].config.front_end == "tokens":
+        check_ids("input_ids", inputs, attention_mask=attention_mask)
+    if options.pop("use_cache", True) is not True:
+        raise ValueError("use_cache is not True; allowed: True, as there is no generation without a cache")
     settings = (config or GenerationConfig.from_values(model.generation_defaults)).replace(**options)
     if settings.num_beams > 1 and on_tokens is not None:
         raise ValueError(f"on_tokens with num_beams={settings.num_beams}: beams have no token until the end")
-    if inputs.dim() == 2:
-        infers = isinstance(model, DecoderModel)  # for encoders transformers does not, and neither do we
-        attention_mask = _checked_mask(inputs, attention_mask, settings, infers=infers)
-    if isinstance(model, DecoderModel):
-        ids = inputs
-    else:
-        ids = _decoder_start(decoder_input_ids, inputs, settings)
+    if is_decoder and attention_mask is None:  # for encoders transformers infers none, and neither do we
+        attention_mask = _mask_of(inputs, settings)
+    if attention_mask is not None and not bool(attention_mask.bool().any(1).all()):
+        raise ValueError("attention_mask leaves a prompt without any token")
+    ids = inputs if is_decoder else _decoder_start(decoder_input_ids, inputs, settings)
     limit = settings.length_limit(
         ids.shape[1], model.config.max_positions if model.config.positions == "learned" else None
     )
@@ -75,10 +80,10 @@ def generate(
     settings = settings.replace(max_new_tokens=limit - ids.shape[1])  # the default depends on the model
     repeats = settings.rows_per_prompt
     if draft_model is not None or prompt_lookup is not None:
-        if not isinstance(model, DecoderModel) or settings.num_beams > 1 or not use_cache:
+        if not isinstance(model, DecoderModel) or settings.num_beams > 1:
             raise ValueError(
-                f"draft_model or prompt_lookup with a {type(model).__name__}, num_beams={settings.num_beams}, "
-                f"use_cache={use_cache}; allowed: a DecoderModel, without beams, with the cache"
+                f"draft_model or prompt_lookup with a {type(model).__name__}, num_beams={settings.num_beams}; "
+                "allowed: a DecoderModel, without beams"
             )
         if draft_model is not None:
             _check_positions("draft_model", draft_model, limit)
@@ -94,32 +99,21 @@ def generate(
             num_draft_tokens=num_draft_tokens,
             on_tokens=on_tokens,
         ).ids
-    steps = _DecoderSteps if isinstance(model, DecoderModel) else _Seq2SeqSteps
-    stepper = steps(model, inputs, attention_mask, ids, repeats, limit if use_cache else 0)
+    steps = _DecoderSteps if is_decoder else _Seq2SeqSteps
+    stepper = steps(model, inputs, attention_mask, ids, repeats, limit)
     ids = ids.repeat_interleave(repeats, 0)
     if settings.num_beams > 1:
         return beam_search(stepper, ids, settings)
     return sample_search(stepper, ids, settings, on_tokens)
 
 
-def _checked_mask(ids: Tensor, mask: Tensor | None, settings: GenerationConfig, *, infers: bool) -> Tensor | None:
-    if 0 in ids.shape:
-        raise ValueError(f"input_ids must be (batch, seqlen) with at least one token, not {tuple(ids.shape)}")
+def _mask_of(ids: Tensor, settings: GenerationConfig) -> Tensor | None:
+    """Where ids that come without a mask are no padding; None where all are."""
     pad = settings.pad_token_id
-    if (
-        infers
-        and mask is None
-        and pad is not None
-        and pad not in as_ids(settings.eos_token_id)
-        and bool((ids == pad).any())
-    ):
-        mask = ids != pad
-    if mask is not None:
-        if mask.shape != ids.shape:
-            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; allowed: {tuple(ids.shape)}, as input_ids")
-        if not bool(mask.bool().any(1).all()):
-            raise ValueError("attention_mask leaves a prompt without any token")
-    return mask
+    if pad is None or pad in as_ids(settings.eos_token_id):
+        return None
+    mask = ids != pad
+    return None if bool(mask.all()) else mask
 
 
 def _check_positions(name: str, model: Model, limit: int) -> None:
@@ -143,89 +137,65 @@ def _decoder_start(given: Tensor | None, inputs: Tensor, settings: GenerationCon
 
 
 class _Steps(ABC):
-    """A :class:`Stepper`: the prompt once, each row then ``repeats`` times, with a cache or without (capacity 0)."""
+    """A :class:`Stepper`: the prompt once, then each row ``repeats`` times."""
 
     def __init__(
         self, model: Any, inputs: Tensor, mask: Tensor | None, ids: Tensor, repeats: int, capacity: int
     ) -> None:
-        self.model, self.inputs, self.mask, self.capacity = model, inputs, mask, capacity
-        self.ids = ids
+        self.model, self.inputs, self.mask, self.ids, self.capacity = model, inputs, mask, ids, capacity
         self.repeats = torch.arange(len(ids), device=ids.device).repeat_interleave(repeats)
 
     def __call__(self, tokens: Tensor | None) -> Tensor:
-        if tokens is None:
-            logits = self.first()
-            self.reorder(self.repeats)
-            return logits[self.repeats]
-        if self.capacity:
+        if tokens is not None:
             return self.next(tokens[:, None])
-        self.ids = torch.cat((self.ids, tokens[:, None]), 1)
-        return self.first()
+        logits = self.first()
+        self.reorder(self.repeats)
+        return logits[self.repeats]
 
     @abstractmethod
     def first(self) -> Tensor:
-        """The logits after ``ids``."""
+        """The logits after the prompts."""
 
     @abstractmethod
     def next(self, tokens: Tensor) -> Tensor:
         """The logits after ``tokens`` ``(rows, 1)``, which follow what the cache holds."""
 
+    @abstractmethod
     def reorder(self, index: Tensor) -> None:
         """Row ``i`` goes on as what row ``index[i]`` was."""
-        self.ids = self.ids[index]
 
 
 class _DecoderSteps(_Steps):
     def first(self) -> Tensor:
-        self.cache = self.model.new_cache(len(self.ids), self.capacity) if self.capacity else None
-        mask = self.mask
-        if mask is not None and self.ids.shape[1] > mask.shape[1]:
-            new = mask.new_ones(len(mask), self.ids.shape[1] - mask.shape[1])
-            mask = torch.cat((mask, new), 1)
-        return self.model.next_token_logits(self.ids, mask, self.cache)
+        self.cache = self.model.new_cache(len(self.ids), self.capacity)
+        return self.model.next_token_logits(self.ids, self.mask, self.cache)
 
     def next(self, tokens: Tensor) -> Tensor:
         return self.model.next_token_logits(tokens, cache=self.cache)
 
     def reorder(self, index: Tensor) -> None:
-        super().reorder(index)
-        self.mask = None if self.mask is None else self.mask[index]
-        if self.cache is not None:
-            self.cache.reorder(index)
+        self.cache.reorder(index)
 
 
 class _Seq2SeqSteps(_Steps):
-    """The encoder runs once; its rows are kept, or their keys and values."""
-
-    context: Context | None = None
+    """The encoder runs once; the keys and values of its rows are kept."""
 
     def first(self) -> Tensor:
-        model: Seq2SeqModel = self.model
+        memory, layout = self.model.encode(self.inputs, self.mask)
+        self.context = Context(layout, memory=memory, memory_layout=layout)
+        self.model.add_caches(self.context, len(self.ids), self.capacity)
         self.rows = len(self.ids)
-        if self.context is None:
-            memory, layout = model.encode(self.inputs, self.mask)
-            self.context = Context(layout, memory=memory, memory_layout=layout)
-            if self.capacity:
-                model.add_caches(self.context, len(self.ids), self.capacity)
-        return self._logits(self.ids)
+        return self.next(self.ids)
 
     def next(self, tokens: Tensor) -> Tensor:
-        return self._logits(tokens)
-
-    def _logits(self, ids: Tensor) -> Tensor:
-        assert self.context is not None
-        rows, layout = self.model.decode(ids, self.context)
+        rows, layout = self.model.decode(tokens, self.context)
         return self.model.head.logits(layout.last_rows(rows))
 
     def reorder(self, index: Tensor) -> None:
-        super().reorder(index)
+        cache, cross = self.context.cache, self.context.cross_cache
+        assert isinstance(cache, KVCache) and isinstance(cross, CrossCache)
+        cache.reorder(index)
         # Rows of one prompt read the same memory, whichever changes places with which: only their number matters.
-        changed, self.rows = len(index) != self.rows, len(index)
-        context = self.context
-        if context is not None and isinstance(context.cache, KVCache) and context.cross_cache is not None:
-            context.cache.reorder(index)
-            if changed:
-                context.cross_cache.reorder(index)
-        elif changed:
-            self.inputs, self.context = self.inputs[index], None
-            self.mask = None if self.mask is None else self.mask[index]
+        if len(index) != self.rows:
+            cross.reorder(index)
+            self.rows = len(index)

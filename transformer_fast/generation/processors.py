@@ -58,10 +58,15 @@ def _rules(config: GenerationConfig, prompt_length: int, device: torch.device) -
         # A forced token, after a prompt of one, is not yet the beginning.
         begin = prompt_length + (prompt_length == 1 and config.forced_bos_token_id is not None)
         yield partial(_ban, tokens=tensor(config.begin_suppress_tokens), lengths=range(begin, begin + 1))
-    if not config.do_sample:
-        return
+    if config.do_sample:
+        yield from _draw_rules(config, len(eos))
+    if config.renormalize_logits:
+        yield lambda ids, scores: scores.log_softmax(-1)
+
+
+def _draw_rules(config: GenerationConfig, num_ends: int) -> Iterator[Processor]:
     # Beams need a token to go on with, whichever ends are drawn.
-    least = 1 if config.num_beams == 1 else 1 + max(len(eos), 1)
+    least = 1 if config.num_beams == 1 else 1 + max(num_ends, 1)
     if config.temperature != 1:
         yield lambda ids, scores: scores / config.temperature
     if config.top_k:

@@ -51,6 +51,14 @@ def _labels_at_padding(labels: Tensor, keep: Tensor) -> bool:
     return found
 
 
+def _row_labels(labels: Tensor, layout: TokenLayout) -> Tensor:
+    """``(batch, seqlen)`` labels to those of the rows ``(tokens,)``."""
+    if labels.shape != (layout.batch, layout.seqlen):
+        allowed = (layout.batch, layout.seqlen)
+        raise ValueError(f"labels has shape {tuple(labels.shape)}; allowed: {allowed}, a label for each token")
+    return layout.take_rows(labels)
+
+
 class Head(nn.Module):
     """Hidden states as they are, and the pooled first token where there is a pooler.
 
@@ -134,13 +142,6 @@ class LanguageHead(Head):
         """``(batch, seqlen)``: the label that each column's row predicts."""
         return F.pad(labels, (0, self.next_label), value=IGNORED)[:, self.next_label :]
 
-    def row_labels(self, labels: Tensor, layout: TokenLayout) -> Tensor:
-        """``(batch, seqlen)`` labels to those of the rows ``(tokens,)``."""
-        if labels.shape != (layout.batch, layout.seqlen):
-            allowed = (layout.batch, layout.seqlen)
-            raise ValueError(f"labels has shape {tuple(labels.shape)}; allowed: {allowed}, a label for each token")
-        return layout.take_rows(self._shifted(labels))
-
     def loss(self, rows: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of the rows' labels ``(tokens,)``, without the logits of all of them at once."""
         config = self.config
@@ -152,7 +153,7 @@ class LanguageHead(Head):
         found: Results = {"logits": layout.to_grid(logits)}
         if "labels" in targets:
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            found["loss"] = F.cross_entropy(wide, self.row_labels(targets["labels"], layout))
+            found["loss"] = F.cross_entropy(wide, _row_labels(self._shifted(targets["labels"]), layout))
         return found
 
 
@@ -243,7 +244,7 @@ class TokenHead(Head):
         logits = self.out(self.dropout(rows))
         found: Results = {"logits": layout.to_grid(logits)}
         if "labels" in targets:
-            found["loss"] = F.cross_entropy(logits, layout.take_rows(targets["labels"]))
+            found["loss"] = F.cross_entropy(logits, _row_labels(targets["labels"], layout))
         return found
 
 

@@ -52,7 +52,8 @@ def transcribe(
     for batch in batches(list(pieces), batch_size):
         features = audio.log_mel(torch.stack(list(batch)), bins, rate).to(loaded.model.device)
         prompt = prompt or _prompt(loaded, features[:1], language, task)
-        config = generation_config(loaded, options, len(prompt))
+        # The prompt says what older files have as forced_decoder_ids.
+        config = generation_config(loaded, options, len(prompt), {"forced_decoder_ids": None})
         start = torch.tensor(prompt, device=features.device).repeat(len(batch), 1)
         ids = loaded.model.generate(features, decoder_input_ids=start, config=config)
         for row in ids[:, len(prompt) :].tolist():

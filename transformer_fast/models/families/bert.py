@@ -60,7 +60,7 @@ def _stack(values: Values, **changes: Any) -> ModelConfig:
 
 def _head(values: Values, tensors: Tensors, prefix: str) -> HeadConfig:
     kind = f.head_kind(values, prefix, *f.ENCODERS, *(["ForPreTraining"] if prefix == "Bert" else []))
-    dropout = values.get("classifier_dropout")
+    dropout, general = values.get("classifier_dropout"), values.get("hidden_dropout_prob", 0.1)
     # A base model is saved with its pooler or without.
     pooled = kind == "pretraining" or (kind == "none" and f.may_hold(tensors, "pooler.dense.weight"))
     return HeadConfig(
@@ -70,7 +70,7 @@ def _head(values: Values, tensors: Tensors, prefix: str) -> HeadConfig:
         transform=f.activation(values.get("hidden_act", "gelu")) if prefix == "Bert" else "gelu",
         bias=True,
         dense="tanh" if kind == "sequence" else None,
-        dropout=values.get("hidden_dropout_prob", 0.1) if dropout is None else dropout,
+        dropout=0.0 if kind == "question" else general if dropout is None else dropout,
         dropout_first=prefix == "Roberta",
         **f.classes(values),
     )

@@ -1,0 +1,1 @@
+"""Stands where flash-attn has its layers: the rotary position embedding."""

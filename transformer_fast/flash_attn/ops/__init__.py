@@ -1,0 +1,1 @@
+"""Stands where flash-attn has its operations: what models import beside attention."""

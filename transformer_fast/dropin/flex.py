@@ -147,7 +147,7 @@ def _recognized(block_mask: Any, batch: int, num_heads: int) -> RecognizedMask:
     if known is not None:
         found, watch = known
         if found.batch == batch and found.num_heads == num_heads and watch.is_unchanged(block_mask):
-            return found  # type: ignore[no-any-return]
+            return found
     found = recognize(block_mask, batch, num_heads)
     setattr(block_mask, _CACHE, (found, Watch(block_mask)))
     return found
@@ -172,10 +172,11 @@ def _run(query: Tensor, key: Tensor, value: Tensor, mask: RecognizedMask, scale:
             key, value = key[:, :, : mask.num_keys], value[:, :, : mask.num_keys]
         return attention(query, key, value, key_padding_mask=mask.key_padding_mask, **options)
     assert mask.cu_seqlens_q is not None and mask.cu_seqlens_k is not None
-    packed = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]  # (batch * seqlen, heads, head_dim)
-    longest = (mask.max_seqlen_q, mask.max_seqlen_k)
-    result = attention_varlen(*packed, mask.cu_seqlens_q, mask.cu_seqlens_k, *longest, **options)
-    out, lse = result if need_lse else (result, None)
+    query, key, value = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))  # (batch * seqlen, heads, ...)
+    cu_seqlens, longest = (mask.cu_seqlens_q, mask.cu_seqlens_k), (mask.max_seqlen_q, mask.max_seqlen_k)
+    result: Any = attention_varlen(query, key, value, *cu_seqlens, *longest, **options)
     size = (mask.batch, mask.seq_lengths[0])
-    out = out.unflatten(0, size).transpose(1, 2)
-    return (out, lse.unflatten(1, size).transpose(0, 1)) if need_lse else out  # lse: (num_heads, batch * seqlen_q)
+    if not need_lse:
+        return result.unflatten(0, size).transpose(1, 2)
+    out, lse = result  # lse: (num_heads, batch * seqlen_q)
+    return out.unflatten(0, size).transpose(1, 2), lse.unflatten(1, size).transpose(0, 1)

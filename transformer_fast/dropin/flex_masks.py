@@ -213,7 +213,7 @@ def _rows_of(grid: _Grid) -> _Rows | None:
     return _Rows(lo, hi, count, keep)
 
 
-def _fit(rows: _Rows, position: Tensor, begin: Tensor | int, end: Tensor | int) -> tuple[int, int] | None:
+def _fit(rows: _Rows, position: Tensor, begin: Tensor | int, end: Tensor | int) -> tuple[int, int]:
     """The tightest (left, right) around ``position``, UNBOUNDED where it cuts nothing off [begin, end)."""
     seen = rows.seen
     if not bool(seen.any()):
@@ -371,7 +371,7 @@ def recognize(block_mask: Any, batch: int = 1, num_heads: int = 1) -> Recognized
 
 def _recognize(block_mask: Any, batch: int, num_heads: int) -> RecognizedMask:
     grid = _Grid(block_mask, batch, num_heads)
-    size = {"batch": batch, "num_heads": num_heads, "seq_lengths": (grid.seqlen_q, grid.seqlen_k)}
+    size: dict[str, Any] = {"batch": batch, "num_heads": num_heads, "seq_lengths": (grid.seqlen_q, grid.seqlen_k)}
     rows = _rows_of(grid) if grid.seqlen_q and grid.seqlen_k else None
     if rows is not None:
         found = _window(rows, grid.seqlen_k)

@@ -73,7 +73,7 @@ def varlen_attn(
     if seqused_k is None:
         if block_table is not None:
             raise ValueError("block_table is given without seqused_k; allowed: both")
-        return attention_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options)
+        return attention_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options)  # type: ignore[arg-type]
     if block_table is None:
         if cu_seq_k is None:
             raise ValueError("cu_seq_k is None without block_table; allowed: an int32 torch.Tensor (batch + 1,)")

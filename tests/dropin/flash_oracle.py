@@ -56,14 +56,14 @@ def attend(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
-    """(seqlen, heads, d) by complex numbers; ``positions`` int (seqlen,)."""
-    half = cos.shape[-1]
-    turn = torch.complex(cos, sin)[positions].unsqueeze(1)
-    part = x[..., : 2 * half]
+    """(seqlen, heads, d) by complex numbers, of float32 at least; ``positions`` int (seqlen,)."""
+    half, wide = cos.shape[-1], torch.promote_types(x.dtype, torch.float32)
+    turn = torch.complex(cos.to(wide), sin.to(wide))[positions].unsqueeze(1)
+    part = x[..., : 2 * half].to(wide)
     pairs = part.unflatten(-1, (half, 2)) if interleaved else part.unflatten(-1, (2, half)).transpose(-1, -2)
     turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
     turned = turned.flatten(-2) if interleaved else turned.transpose(-1, -2).flatten(-2)
-    return torch.cat([turned, x[..., 2 * half :]], -1)
+    return torch.cat([turned.to(x.dtype), x[..., 2 * half :]], -1)
 
 
 def assert_right(ours: dict[str, Tensor], oracle: dict[str, Tensor], plain: dict[str, Tensor]) -> None:

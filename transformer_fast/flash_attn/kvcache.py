@@ -245,6 +245,6 @@ def _one_by_one(
         key, value = (t[entry : entry + 1, begin:end].transpose(1, 2) for t in (k_cache, v_cache))
         own = options | {"alibi_slopes": slopes if slopes is None or slopes.dim() == 1 else slopes[b]}
         results.append(attention(query[b : b + 1], key, value, **own))
-    if options["return_lse"]:
-        return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
-    return torch.cat(results)
+    outs = [result[0] for result in results] if options["return_lse"] else results
+    out = torch.cat([one.transpose(1, 2) for one in outs]).transpose(1, 2)  # in the queries' order of memory
+    return (out, torch.cat([result[1] for result in results])) if options["return_lse"] else out

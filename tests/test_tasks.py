@@ -25,7 +25,7 @@ from tasks_hf import (
 )
 
 from transformer_fast import tasks
-from transformer_fast.models import Tokenizer
+from transformer_fast.tasks import Tokenizer
 
 # ------------------------------------------------------------------------------------------------- streamed text
 

@@ -18,8 +18,7 @@ from tasks_hf import TEXTS, check_scores, save_pictures, save_speech, split, the
 from torch import Tensor
 
 from transformer_fast import tasks
-from transformer_fast.models import Tokenizer
-from transformer_fast.tasks import audio
+from transformer_fast.tasks import Tokenizer, audio
 from transformer_fast.testing import judge
 
 # -------------------------------------------------------------------------------------------------------- images

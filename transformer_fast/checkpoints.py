@@ -22,7 +22,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from transformer_fast.models.model import Model
+    from transformer_fast.models.base import Model
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from transformer_fast import checkpoints, models
+from transformer_fast import checkpoints, models, tasks
 
 BERT_CONFIG = {
     "model_type": "bert",
@@ -100,7 +100,7 @@ def test_pooling_other_than_mean_and_first_is_refused(bert_folder):
     pooling = {"word_embedding_dimension": 24, "pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": False}
     (bert_folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     with pytest.raises(ValueError, match="pools by pooling_mode_max_tokens"):
-        models.load_sentence_encoder(bert_folder)
+        tasks.load_sentence_encoder(bert_folder)
 
 
 def test_dtype_and_backend(bert_folder):

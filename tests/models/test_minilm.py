@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from transformer_fast import backends, models
+from transformer_fast import backends, tasks
 from transformer_fast.demo.text import load_corpus, sentences, spread
 from transformer_fast.testing import judge
 
@@ -27,29 +27,29 @@ def texts() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def encoder() -> models.SentenceEncoder:
-    return models.load_sentence_encoder(models.minilm_folder())
+def encoder() -> tasks.SentenceEncoder:
+    return tasks.load_sentence_encoder(tasks.minilm_folder())
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> models.Tokenizer:
-    return models.Tokenizer(models.minilm_folder(), max_seqlen=256)
+def tokenizer() -> tasks.Tokenizer:
+    return tasks.Tokenizer(tasks.minilm_folder(), max_seqlen=256)
 
 
 @pytest.fixture(scope="module")
 def theirs() -> torch.nn.Module:
-    return transformers.BertModel.from_pretrained(models.minilm_folder(), attn_implementation="eager").eval()
+    return transformers.BertModel.from_pretrained(tasks.minilm_folder(), attn_implementation="eager").eval()
 
 
 @torch.no_grad()
-def hidden_states(theirs: torch.nn.Module, batch: models.TokenBatch) -> Tensor:
+def hidden_states(theirs: torch.nn.Module, batch: tasks.TokenBatch) -> Tensor:
     """Hugging Face's (batch, seqlen, d)."""
     mask = batch.attention_mask.long()
     return theirs(batch.input_ids, attention_mask=mask, token_type_ids=batch.token_type_ids).last_hidden_state
 
 
 @pytest.fixture(scope="module", params=["left", "right"])
-def padded(request, texts, tokenizer, theirs) -> tuple[models.TokenBatch, Tensor]:
+def padded(request, texts, tokenizer, theirs) -> tuple[tasks.TokenBatch, Tensor]:
     """A batch padded on one side, and Hugging Face's sentence vectors of it, by the mean over tokens."""
     batch = tokenizer(texts, padding_side=request.param)
     mask = batch.attention_mask[..., None].float()
@@ -110,7 +110,7 @@ def test_tokenizer_pads_no_further_than_the_longest_text(tokenizer, texts):
 
 
 def test_bfloat16_and_the_folder_found_without_an_import(encoder, tokenizer, texts):
-    low = models.load_sentence_encoder(models.minilm_folder(), dtype=torch.bfloat16)
+    low = tasks.load_sentence_encoder(tasks.minilm_folder(), dtype=torch.bfloat16)
     assert all(parameter.dtype == torch.bfloat16 for parameter in low.parameters())
     encoder.encoder.set_backend("auto")
     batch = tokenizer(texts[:16])

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from transformer_fast.models import Architecture, CausalLM, EncoderModel, ModelConfig, SentenceEncoder, TokenLayout
+from transformer_fast.models import Architecture, CausalLM, EncoderModel, ModelConfig, TokenLayout
 from transformer_fast.models.layers import Attention, AttentionOptions
+from transformer_fast.tasks import SentenceEncoder
 from transformer_fast.testing import judge
 
 MASKS = {
@@ -77,6 +78,20 @@ def test_padding_never_reaches_a_result(mask, packed, encoder_config, randomized
         results.append([vectors.detach(), *gradients])
         assert all(t.isfinite().all() for t in results[-1])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+@torch.no_grad()
+def test_a_sentence_is_its_own_first_token(mask, packed, encoder_config, randomized):
+    """Behind padding on the left it was the last token of the sentence before."""
+    encoder = randomized(encoder_of(encoder_config))
+    keep = torch.tensor(mask)
+    ids = torch.randint(50, keep.shape)
+    states = encoder(ids, keep, packed=packed).last_hidden_state
+    vectors = SentenceEncoder(encoder, "cls", normalize=False)(ids, keep, packed=packed)
+    for state, vector, row in zip(states, vectors, mask, strict=True):
+        assert torch.equal(vector, state[row.index(1)] if any(row) else torch.zeros_like(vector))
 
 
 def test_decoder_against_plain_attention(decoder):
@@ -154,7 +169,7 @@ def test_layout_of_a_mask():
     assert layout.cu_seqlens.tolist() == [0, 4, 10, 12]
     assert layout.lengths.tolist() == [4, 6, 2]
     assert layout.sequence_ids.tolist() == [0] * 4 + [1] * 6 + [2] * 2
-    counted = TokenLayout.from_mask(keep, count_from="token")
+    counted = TokenLayout.from_mask(keep, position_ids=keep.cumsum(1) - 1)
     assert counted.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 0, 1]
     grid = torch.arange(18.0).view(3, 6, 1)
     rows = layout.take_rows(grid)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from transformer_fast.demo.peers import eager_attention, sdpa_attention
 from transformer_fast.demo.speed import Speed, compare
-from transformer_fast.models import SentenceEncoder, TokenBatch, Tokenizer
 from transformer_fast.models.layers import AttentionFunction, fused_attention
+from transformer_fast.tasks import SentenceEncoder, TokenBatch, Tokenizer
 
 QUERIES = (
     "How do I catch an error?",

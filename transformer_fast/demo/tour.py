@@ -19,14 +19,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 from transformer_fast.demo import encoding, plot, report, show, speed, training
 from transformer_fast.demo.results import DecoderResults, DemoResults, EncoderResults
 from transformer_fast.demo.text import Corpus, load_corpus, sentences, spread
-from transformer_fast.models import (
-    DecoderModel,
-    Tokenizer,
-    from_config,
-    load_sentence_encoder,
-    minilm_folder,
-    save_pretrained,
-)
+from transformer_fast.models import DecoderModel, from_config, save_pretrained
+from transformer_fast.tasks import Tokenizer, load_sentence_encoder, minilm_folder
 from transformer_fast.testing.environment import environment
 
 # Import names of what the `demo` extra brings.

@@ -116,9 +116,10 @@ class GenerationConfig:
 
         But with a warning where they would change what is generated.
         """
-        missed = [n for n, neutral in _NOT_HERE.items() if values.get(n) not in (None, neutral, [], {})]
+        others = [(name, neutral) for neutral, names in _NOT_HERE for name in names.split()]
+        missed = [name for name, neutral in others if values.get(name) not in (None, neutral, [], {})]
         if missed:
-            settings = ", ".join(f"{name}={values[name]!r}" for name in missed)
+            settings = ", ".join(f"{name}={values[name]!r}" for name in sorted(missed))
             warnings.warn(f"generation settings that are not supported, and have no effect: {settings}", stacklevel=3)
         known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known and value is not None})
@@ -152,30 +153,14 @@ class GenerationConfig:
         return self.min_length if self.min_new_tokens is None else prompt_length + self.min_new_tokens
 
 
-#: What else a file of transformers may ask for, and the value that asks for nothing.
-_NOT_HERE: dict[str, object] = {
-    "constraints": None,
-    "diversity_penalty": 0.0,
-    "dola_layers": None,
-    "encoder_no_repeat_ngram_size": 0,
-    "encoder_repetition_penalty": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "exponential_decay_length_penalty": None,
-    "force_words_ids": None,
-    "forced_decoder_ids": None,
-    "guidance_scale": 1.0,
-    "max_time": None,
-    "num_beam_groups": 1,
-    "penalty_alpha": 0.0,
-    "remove_invalid_values": False,
-    "sequence_bias": None,
-    "stop_strings": None,
-    "token_healing": False,
-    "top_h": None,
-    "typical_p": 1.0,
-    "watermarking_config": None,
-}
+#: What else a file of transformers may ask for, by the value that asks for nothing; None does so everywhere.
+_NOT_HERE: tuple[tuple[object, str], ...] = (
+    (None, "constraints dola_layers exponential_decay_length_penalty force_words_ids forced_decoder_ids max_time"),
+    (None, "sequence_bias stop_strings top_h watermarking_config"),
+    (0, "diversity_penalty encoder_no_repeat_ngram_size epsilon_cutoff eta_cutoff penalty_alpha"),
+    (1, "encoder_repetition_penalty guidance_scale num_beam_groups typical_p"),
+    (False, "remove_invalid_values token_healing"),
+)
 
 #: Names, their type, the least value and the greatest. Ids may be negative: files have -1 for "none".
 _NUMBERS: tuple[tuple[str, type[float], float, float], ...] = (

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from transformer_fast.generation.cache import CrossCache, KVCache
 from transformer_fast.generation.config import GenerationConfig, as_ids
 from transformer_fast.generation.search import beam_search, sample_search
 from transformer_fast.generation.speculative import speculative_search
+from transformer_fast.models.base import Model
 from transformer_fast.models.checks import check_ids
-from transformer_fast.models.layers import Context
-from transformer_fast.models.model import DecoderModel, Model, Seq2SeqModel
+from transformer_fast.models.model import DecoderModel, Seq2SeqModel
 
 
 @torch.no_grad()
 def generate(
     model: Model,
-    inputs: Tensor,
+    inputs: Tensor | None,
     *,
     attention_mask: Tensor | None = None,
     decoder_input_ids: Tensor | None = None,
@@ -99,8 +98,7 @@ def generate(
             num_draft_tokens=num_draft_tokens,
             on_tokens=on_tokens,
         ).ids
-    steps = _DecoderSteps if is_decoder else _Seq2SeqSteps
-    stepper = steps(model, inputs, attention_mask, ids, repeats, limit)
+    stepper = _Steps(model, inputs, attention_mask, ids, repeats, limit)
     ids = ids.repeat_interleave(repeats, 0)
     if settings.num_beams > 1:
         return beam_search(stepper, ids, settings)
@@ -136,66 +134,27 @@ def _decoder_start(given: Tensor | None, inputs: Tensor, settings: GenerationCon
     return first if given is None else torch.cat((first, given), 1)
 
 
-class _Steps(ABC):
+class _Steps:
     """A :class:`Stepper`: the prompt once, then each row ``repeats`` times."""
 
     def __init__(
         self, model: Any, inputs: Tensor, mask: Tensor | None, ids: Tensor, repeats: int, capacity: int
     ) -> None:
-        self.model, self.inputs, self.mask, self.ids, self.capacity = model, inputs, mask, ids, capacity
-        self.repeats = torch.arange(len(ids), device=ids.device).repeat_interleave(repeats)
+        self.ids, self.repeats = ids, torch.arange(len(ids), device=ids.device).repeat_interleave(repeats)
+        if isinstance(model, DecoderModel):
+            self.cache: Any = model.new_cache(len(ids), capacity)
+            self.logits = partial(model.next_token_logits, cache=self.cache)
+            self.first = partial(self.logits, attention_mask=mask)
+        else:
+            self.cache = model.start(inputs, mask, capacity=capacity)
+            self.first = self.logits = partial(model.next_token_logits, context=self.cache)
 
     def __call__(self, tokens: Tensor | None) -> Tensor:
         if tokens is not None:
-            return self.next(tokens[:, None])
-        logits = self.first()
+            return self.logits(tokens[:, None])
+        logits = self.first(self.ids)
         self.reorder(self.repeats)
         return logits[self.repeats]
 
-    @abstractmethod
-    def first(self) -> Tensor:
-        """The logits after the prompts."""
-
-    @abstractmethod
-    def next(self, tokens: Tensor) -> Tensor:
-        """The logits after ``tokens`` ``(rows, 1)``, which follow what the cache holds."""
-
-    @abstractmethod
-    def reorder(self, index: Tensor) -> None:
-        """Row ``i`` goes on as what row ``index[i]`` was."""
-
-
-class _DecoderSteps(_Steps):
-    def first(self) -> Tensor:
-        self.cache = self.model.new_cache(len(self.ids), self.capacity)
-        return self.model.next_token_logits(self.ids, self.mask, self.cache)
-
-    def next(self, tokens: Tensor) -> Tensor:
-        return self.model.next_token_logits(tokens, cache=self.cache)
-
     def reorder(self, index: Tensor) -> None:
         self.cache.reorder(index)
-
-
-class _Seq2SeqSteps(_Steps):
-    """The encoder runs once; the keys and values of its rows are kept."""
-
-    def first(self) -> Tensor:
-        memory, layout = self.model.encode(self.inputs, self.mask)
-        self.context = Context(layout, memory=memory, memory_layout=layout)
-        self.model.add_caches(self.context, len(self.ids), self.capacity)
-        self.rows = len(self.ids)
-        return self.next(self.ids)
-
-    def next(self, tokens: Tensor) -> Tensor:
-        rows, layout = self.model.decode(tokens, self.context)
-        return self.model.head.logits(layout.last_rows(rows))
-
-    def reorder(self, index: Tensor) -> None:
-        cache, cross = self.context.cache, self.context.cross_cache
-        assert isinstance(cache, KVCache) and isinstance(cross, CrossCache)
-        cache.reorder(index)
-        # Rows of one prompt read the same memory, whichever changes places with which: only their number matters.
-        if len(index) != self.rows:
-            cross.reorder(index)
-            self.rows = len(index)

@@ -160,7 +160,13 @@ class Model(nn.Module):
                     stacklevel=4,
                 )
             cache.extend(layout)
-        return stack.embed(rows, layout, types), layout
+        return stack.embeddings(rows, layout.positions, types), layout
+
+    @staticmethod
+    def read_grid(stack: Stack, *inputs: Any) -> tuple[Tensor, TokenLayout]:
+        """Images or sounds, of equal length all, to a stack's first hidden states and their layout."""
+        x = stack.embeddings(*inputs)
+        return x.flatten(0, 1), TokenLayout.dense(x.shape[0], x.shape[1], device=x.device)
 
     @staticmethod
     def _positions(config: ModelConfig, ids: Tensor, position_ids: Tensor | None) -> Tensor | None:

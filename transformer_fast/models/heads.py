@@ -82,8 +82,7 @@ class Head(nn.Module):
     def pooled(self, rows: Tensor, layout: TokenLayout) -> Tensor:
         """``(batch, d)``: a tanh layer on each sequence's first token."""
         assert self.pooler is not None
-        first = layout.rows_at(torch.zeros(layout.batch, dtype=torch.int64, device=rows.device))
-        return torch.tanh(self.pooler(rows[first]))
+        return torch.tanh(self.pooler(layout.first_rows(rows)))
 
     def results(self, rows: Tensor, layout: TokenLayout, ids: Tensor | None, targets: Targets) -> Results:
         """Named results of the last hidden states; ``ids`` is the grid ``(batch, seqlen)`` that was read."""
@@ -214,8 +213,7 @@ class SequenceHead(Head):
 
     def results(self, rows: Tensor, layout: TokenLayout, ids: Tensor | None, targets: Targets) -> Results:
         """``logits`` (batch, num_labels), and ``loss`` where there are ``labels``."""
-        first = torch.zeros(layout.batch, dtype=torch.int64, device=rows.device)
-        x = rows[layout.rows_at(first if ids is None else self._columns(ids))]
+        x = layout.first_rows(rows) if ids is None else rows[layout.rows_at(self._columns(ids))]
         if self.dense is not None and self.config.dense is not None:
             x = self.dropout(x) if self.config.dropout_first else x
             x = self.dropout(ACTIVATIONS[self.config.dense](self.dense(x)))

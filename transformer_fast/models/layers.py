@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformer_fast import attention, attention_varlen
 
 if TYPE_CHECKING:
-    from transformer_fast.generation.cache import CrossCache, KVCache
-    from transformer_fast.generation.paged import PagedBatch
+    from transformer_fast.generation.cache import CrossCache
     from transformer_fast.models.config import ModelConfig
     from transformer_fast.models.layout import TokenLayout
 
@@ -253,10 +252,18 @@ class Context:
     layout: TokenLayout
     rotary: Rotary | None = None
     bias: Tensor | None = None
-    cache: KVCache | PagedBatch | None = None
+    cache: Any = None  # a KVCache or a PagedBatch
     memory: Tensor | None = None
     memory_layout: TokenLayout | None = None
     cross_cache: CrossCache | None = None
+
+    def reorder(self, index: Tensor) -> None:
+        """In the caches of a decoder, row ``i`` becomes what row ``index[i]`` was, which had the same source."""
+        assert self.cache is not None and self.cross_cache is not None
+        # Rows of one source read the same keys, whichever changes places with which: only their number matters.
+        if len(index) != len(self.cache.seqlens):
+            self.cross_cache.reorder(index)
+        self.cache.reorder(index)
 
 
 class Attention(nn.Module):

@@ -11,7 +11,6 @@ and attention runs on four dimensions with a ``key_padding_mask`` or, behind a c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -71,7 +70,6 @@ class TokenLayout:
         attention_mask: Tensor,
         *,
         packed: bool = True,
-        count_from: Literal["column", "token"] = "column",
         position_ids: Tensor | None = None,
     ) -> TokenLayout:
         """The layout of a padded batch; any pattern of padding, left, right or holes.
@@ -79,18 +77,12 @@ class TokenLayout:
         Args:
             attention_mask: ``(batch, seqlen)``, nonzero = a real token.
             packed: leave the padding out, or keep it and mask it.
-            count_from: positions are the columns of the grid (as in BERT, where left padding shifts
-                them), or are counted over each sequence's real tokens.
-            position_ids: ``(batch or 1, seqlen)``, the positions where they are neither.
+            position_ids: ``(batch or 1, seqlen)``; default the columns, which padding on the left shifts, as in BERT.
         """
         keep = attention_mask.bool()
         batch, seqlen = keep.shape
-        if position_ids is not None:
-            positions = position_ids.expand(batch, seqlen)
-        elif count_from == "column":
-            positions = torch.arange(seqlen, device=keep.device).expand(batch, seqlen)
-        else:
-            positions = (keep.cumsum(1) - 1).clamp_(min=0)
+        columns = torch.arange(seqlen, device=keep.device) if position_ids is None else position_ids
+        positions = columns.expand(batch, seqlen)
         if not packed:
             return cls(batch, seqlen, positions.reshape(-1), max_seqlen=seqlen, key_padding_mask=keep)
         rows, cu_seqlens, max_seqlen = cu_seqlens_from_mask(keep)
@@ -158,6 +150,10 @@ class TokenLayout:
         total = rows.new_zeros(self.batch, rows.shape[1])
         total = total.index_add(0, self.sequence_ids, self._without_padding(rows))
         return total / self.lengths.clamp(min=1)[:, None]
+
+    def first_rows(self, rows: Tensor) -> Tensor:
+        """The row of each sequence's first column or, in a packed layout without it, of the token before."""
+        return rows[self.rows_at(torch.zeros(self.batch, dtype=torch.int64, device=rows.device))]
 
     def last_rows(self, rows: Tensor) -> Tensor:
         """The row of each sequence's last token, ``(tokens, d)`` to ``(batch, d)``."""

@@ -49,9 +49,8 @@ class EncoderModel(Model):
         self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, states: States = None
     ) -> tuple[Tensor, TokenLayout]:
         """``(batch, channels, height, width)`` to rows ``(tokens, d)`` and their layout."""
-        x = self.encoder.embeddings(pixel_values, interpolate_pos_encoding)
-        layout = TokenLayout.dense(x.shape[0], x.shape[1], device=x.device)
-        return self.run(self.encoder, x.flatten(0, 1), Context(layout), states)
+        x, layout = self.read_grid(self.encoder, pixel_values, interpolate_pos_encoding)
+        return self.run(self.encoder, x, Context(layout), states)
 
     def forward(
         self,
@@ -153,8 +152,10 @@ class DecoderModel(Model):
             raise TypeError(f"past_key_values is a {type(cache).__name__}; allowed: what use_cache=True gave")
         if cache is None and use_cache:
             cache = self.new_cache(len(input_ids), input_ids.shape[-1] + _ROOM)
-        how = {"token_type_ids": token_type_ids, "position_ids": position_ids, "targets": targets, "packed": packed}
-        rows, layout = self.decode(input_ids, attention_mask, cache, states=states, **how)
+        how = {"position_ids": position_ids, "targets": targets, "packed": packed}
+        rows, layout = self.decode(
+            input_ids, attention_mask, cache, token_type_ids=token_type_ids, states=states, **how
+        )
         hidden = None if states is None else tuple(states)
         return self.results(rows, layout, input_ids, targets, past_key_values=cache, hidden_states=hidden)
 
@@ -209,9 +210,7 @@ class Seq2SeqModel(Model):
     ) -> tuple[Tensor, TokenLayout]:
         """``(batch, seqlen)`` ids or ``(batch, mel bins, frames)`` features to rows ``(tokens, d)``, and layout."""
         if self.encoder.config.front_end == "audio":
-            x = self.encoder.embeddings(inputs)
-            layout = TokenLayout.dense(x.shape[0], x.shape[1], device=x.device)
-            x = x.flatten(0, 1)
+            x, layout = self.read_grid(self.encoder, inputs)
         else:
             x, layout = self.read(self.encoder, inputs, attention_mask)
         return self.run(self.encoder, x, Context(layout), states)
@@ -266,10 +265,7 @@ class Seq2SeqModel(Model):
         context = past_key_values
         if context is None:
             inputs = self.inputs(input_ids, input_features)
-            memory, memory_layout = self.encode(inputs, attention_mask, encoded)
-            context = Context(memory_layout, memory=memory, memory_layout=memory_layout)
-            if use_cache:
-                self.add_caches(context, len(inputs), _ROOM)
+            context = self.start(inputs, attention_mask, capacity=_ROOM if use_cache else 0, states=encoded)
         elif not isinstance(context, Context):
             raise TypeError(f"past_key_values is a {type(context).__name__}; allowed: what use_cache=True gave")
         ids = self._decoder_ids(decoder_input_ids, input_ids, targets)
@@ -305,13 +301,24 @@ class Seq2SeqModel(Model):
             raise ValueError("the configuration has no decoder_start_token_id or pad_token_id: give decoder_input_ids")
         return shift_right(source, start, pad)
 
-    def add_caches(self, context: Context, batch: int, capacity: int) -> None:
-        """Let ``context`` keep the decoder's keys and values, and the encoder's."""
+    def start(
+        self, inputs: Tensor, attention_mask: Tensor | None = None, *, capacity: int, states: States = None
+    ) -> Context:
+        """What the decoder reads of the encoder; with caches of both, where ``capacity`` tokens are to be made."""
         from transformer_fast.generation.cache import CrossCache, KVCache
 
-        shapes = self.decoder.cache_shapes
-        context.cache = KVCache(batch, shapes, capacity, device=self.device, dtype=self.dtype)
-        context.cross_cache = CrossCache()
+        memory, layout = self.encode(inputs, attention_mask, states)
+        context = Context(layout, memory=memory, memory_layout=layout)
+        if capacity:
+            shapes = self.decoder.cache_shapes
+            context.cache = KVCache(layout.batch, shapes, capacity, device=self.device, dtype=self.dtype)
+            context.cross_cache = CrossCache()
+        return context
+
+    def next_token_logits(self, decoder_input_ids: Tensor, context: Context) -> Tensor:
+        """``(batch, vocab_size)``: the logits after each sequence's last token, and no others."""
+        rows, layout = self.decode(decoder_input_ids, context)
+        return self.head.logits(layout.last_rows(rows))
 
     def generate(self, inputs: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
         """Decode what the encoder read; see :func:`transformer_fast.generation.generate`."""

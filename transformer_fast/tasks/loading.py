@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from transformer_fast import checkpoints
-from transformer_fast.models import Tokenizer, from_pretrained
+from transformer_fast.models import from_pretrained
 from transformer_fast.models.pretrained import checkpoint_folder
-from transformer_fast.tasks.tokenizing import FunctionTokenizer
+from transformer_fast.tasks.tokenizing import FunctionTokenizer, Tokenizer
 
 #: Told how many more texts are done.
 Done: TypeAlias = "Callable[[int], None] | None"

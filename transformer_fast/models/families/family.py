@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from transformer_fast.checkpoints import KeyMap, Source, stored_tensors
+from transformer_fast.models.base import Model
 from transformer_fast.models.config import Activation, Architecture, HeadKind
 from transformer_fast.models.layers import FusedLinear
-from transformer_fast.models.model import Model
 
 Values = Mapping[str, Any]
 #: What of a file's tensors ``read`` may look at: empty where there is no file.

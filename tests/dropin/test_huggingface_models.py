@@ -1,0 +1,99 @@
+"""Whole models of transformers with our attention against their eager one: outputs and every gradient."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import pytest
+import torch
+from models.checkpoints_hf import BART, BERT, DISTILBERT, GEMMA2, GPT, LLAMA, ROBERTA, T5, VIT, WHISPER, Case, build
+from models.inputs_hf import make_inputs
+from models.oracle_hf import RUNS, Jittered, Results, results
+
+from transformer_fast.dropin.huggingface import register_with_transformers
+from transformer_fast.testing.tolerance import FACTOR, ULPS
+
+NAME = register_with_transformers()
+#: What the project promises against eager attention in float32: the largest error by the largest magnitude.
+PROMISED = 2e-5
+
+GPT_OSS = LLAMA | dict(num_local_experts=3, num_experts_per_tok=2, intermediate_size=36, sliding_window=4)
+#: Head sizes that no vector divides, groups of 1 to 9 heads, windows below the sequences.
+CASES = [
+    Case("bert", "BertForMaskedLM", "BertConfig", BERT | dict(hidden_size=96), "encoder", "tokens"),
+    Case("roberta", "RobertaForMaskedLM", "RobertaConfig", ROBERTA | dict(hidden_size=80), "encoder", "tokens"),
+    Case("distilbert", "DistilBertForMaskedLM", "DistilBertConfig", DISTILBERT | dict(dim=96), "encoder", "tokens"),
+    Case("gpt2", "GPT2LMHeadModel", "GPT2Config", GPT | dict(n_embd=192), "decoder", "next tokens"),
+    Case("llama", "LlamaForCausalLM", "LlamaConfig", LLAMA | dict(head_dim=80), "decoder", "next tokens"),
+    Case(
+        "smollm2",
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        LLAMA
+        | dict(hidden_size=36, num_attention_heads=9, num_key_value_heads=3, head_dim=24, tie_word_embeddings=True),
+        "decoder",
+        "next tokens",
+    ),
+    Case(
+        "mistral",
+        "MistralForCausalLM",
+        "MistralConfig",
+        LLAMA | dict(sliding_window=4, num_key_value_heads=1, head_dim=40),
+        "decoder",
+        "next tokens",
+    ),
+    Case("gemma2", "Gemma2ForCausalLM", "Gemma2Config", GEMMA2 | dict(head_dim=96), "decoder", "next tokens"),
+    Case("gpt_oss", "GptOssForCausalLM", "GptOssConfig", GPT_OSS | dict(head_dim=24), "decoder", "next tokens"),
+    Case("t5", "T5ForConditionalGeneration", "T5Config", T5 | dict(d_kv=40), "seq2seq", "tokens"),
+    Case("bart", "BartForConditionalGeneration", "BartConfig", BART | dict(d_model=96), "seq2seq", "tokens"),
+    Case("whisper", "WhisperForConditionalGeneration", "WhisperConfig", WHISPER | dict(d_model=80), "speech", "tokens"),
+    Case("vit", "ViTForImageClassification", "ViTConfig", VIT | dict(hidden_size=80), "image", "sequence"),
+]
+each_batch = pytest.mark.parametrize(
+    ("case", "kind"), [pytest.param(case, kind, id=f"{case.id}, {kind}") for case in CASES for kind in case.kinds]
+)
+
+
+@functools.cache
+def results_of(case: Case, kind: str, implementation: str, seed: int, jitter: int = 0) -> Results:
+    """Hidden states, logits and loss at the real tokens, and the gradient of each parameter.
+
+    With ``jitter``, the seed of another run, last digits on the way are random, which tells what they are worth.
+    """
+    built = build(case, seed)
+    model = type(built)._from_config(built.config, attn_implementation=implementation).eval()
+    model.load_state_dict(built.state_dict())
+    torch.manual_seed(jitter)
+    with Jittered() if jitter else contextlib.nullcontext():
+        return results(
+            model,
+            make_inputs(case, kind, seed),
+            lambda: {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
+        )
+
+
+@each_batch
+def test_outputs(case: Case, kind: str, seed: int) -> None:
+    ours, eager = (results_of(case, kind, name, seed) for name in (NAME, "eager"))
+    for name, expected in eager.items():
+        if not name.startswith("gradient of"):
+            error = (ours[name] - expected).abs().max() / expected.abs().max()
+            assert error <= PROMISED, f"{name}: a relative error of {float(error):.3g}"
+
+
+@each_batch
+def test_gradients(case: Case, kind: str, seed: int) -> None:
+    """Element by element. What is all cancellation, as the gradient of a key's bias, has the rounding of the rest, and
+    T5's embeddings move further than promised by eager's own last digits.
+    """
+    ours, eager = (results_of(case, kind, name, seed) for name in (NAME, "eager"))
+    names = [name for name in eager if name.startswith("gradient of")]
+    assert names and names == [name for name in ours if name.startswith("gradient of")]
+    rounding = ULPS * torch.finfo(torch.float32).eps * max(eager[name].abs().max() for name in names)
+    for name in names:
+        error, allowed = (ours[name] - eager[name]).abs().max(), PROMISED * eager[name].abs().max() + rounding
+        if error > allowed:
+            runs = [results_of(case, kind, "eager", seed, jitter=run) for run in range(1, RUNS + 1)]
+            allowed = FACTOR * max((run[name] - eager[name]).abs().max() for run in runs) + rounding
+        assert error <= allowed, f"{name}: an error of {float(error):.3g}; allowed: {float(allowed):.3g}"

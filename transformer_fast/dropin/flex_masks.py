@@ -110,13 +110,14 @@ class _Grid:
             mask = function(b, h, q[begin:], k)
         if mask.dtype != torch.bool:
             raise TypeError(f"block_mask.mask_mod returns {mask.dtype}; allowed: torch.bool")
+        # One row of blocks after the other: to spread all of them over the elements took longer than the mask.
         block_q, block_k = self.block_mask.BLOCK_SIZE
-        q, k = q[begin:] // block_q, k // block_k
-        partial, full = (blocks[:, :, q][..., k] for blocks in (self.partial, self.full))
-        return (mask & partial) | full
-
-    def take_one_head(self) -> None:
-        self.partial, self.full, self.num_heads = self.partial[:, :1], self.full[:, :1], 1
+        place, result = k // block_k, torch.empty_like(mask, memory_format=torch.contiguous_format)
+        for row in range(begin // block_q, -(-end // block_q)):
+            part = slice(max(row * block_q, begin) - begin, min(row * block_q + block_q, end) - begin)
+            partial, full = (blocks[:, : self.num_heads, row : row + 1, place] for blocks in (self.partial, self.full))
+            torch.logical_and(mask[:, :, part], partial, out=result[:, :, part]).logical_or_(full)
+        return result
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         step = max(1, _CHUNK // max(1, self.batch * self.num_heads * self.seqlen_k))
@@ -176,7 +177,8 @@ def _same_along(blocks: Tensor, dim: int) -> bool:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Of each row the first key seen, one past the last, and how many: (batch, seqlen_q), the same in every head.
+    """Of each row the first key seen, one past the last, and how many: (batch, seqlen_q), the same in every head; where
+    there is none, lo == hi.
 
     ``keep`` (batch, seqlen_k): keys that some row sees.
     """
@@ -192,22 +194,22 @@ class _Rows:
 
     @property
     def are_intervals(self) -> bool:
-        return bool((self.count == (self.hi - self.lo).clamp(min=0)).all())
+        return bool((self.count == self.hi - self.lo).all())
 
 
 def _rows_of(grid: _Grid) -> _Rows | None:
     """None where heads differ."""
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     keep = torch.zeros((grid.batch, grid.seqlen_k), dtype=torch.bool, device=grid.device)
-    k = torch.arange(grid.seqlen_k, device=grid.device, dtype=torch.int32)
     for begin, end in grid.chunks():
         mask = grid.rows(begin, end)
         if mask.shape[1] > 1 and not bool((mask == mask[:, :1]).all()):
             return None
         mask = mask[:, 0]  # (batch, rows, seqlen_k)
-        lo = torch.where(mask, k, grid.seqlen_k).amin(-1)
-        hi = torch.where(mask, k + 1, 0).amax(-1)
-        parts.append((lo.long(), hi.long(), mask.sum(-1)))
+        ones = mask.view(torch.uint8)  # of equal numbers argmax takes the first
+        lo, count = ones.argmax(-1), mask.sum(-1, dtype=torch.int32).long()
+        hi = torch.where(count > 0, grid.seqlen_k - ones.flip(-1).argmax(-1), lo)
+        parts.append((lo, hi, count))
         keep |= mask.any(1)
     lo, hi, count = (torch.cat(part, 1) for part in zip(*parts, strict=True))
     return _Rows(lo, hi, count, keep)
@@ -382,7 +384,7 @@ def _recognize(block_mask: Any, batch: int, num_heads: int) -> RecognizedMask:
                 if found.get(name) is not None:
                     found[name] = found[name].expand(batch, *found[name].shape[1:]).contiguous()
             return RecognizedMask(**found, **size)
-        grid.take_one_head()  # they are all the same
+        grid.num_heads = 1  # they are all the same
     return RecognizedMask("dense", **size, mask=grid.dense())
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from transformer_fast.testing import judge
+from transformer_fast.testing.baseline import rounding_units
 
 #: PyTorch's function, whatever stands under its name in torch.nn.functional.
 BUILTIN = torch._C._nn.scaled_dot_product_attention
@@ -142,19 +143,61 @@ def doubled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
 
 
+def units_of(tensors: dict[str, Tensor], dout: Tensor, dtype: torch.dtype, **options: Any) -> Results:
+    """Size of a unit in the last place of the output and of each gradient, by the rule's own account.
+
+    Args:
+        tensors, dout: in float64.
+        dtype: that of the problem.
+    """
+    query, key, value = (tensors[name] for name in ("query", "key", "value"))
+    if options.get("enable_gqa"):
+        key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], dim=-3) for t in (key, value))
+    lead = dout.shape[:-2]
+
+    def alone(t: Tensor) -> Tensor:  # (..., rows, d) -> (-1, 1, rows, d): each head a batch entry
+        return t.expand(*lead, *t.shape[-2:]).reshape(-1, 1, *t.shape[-2:])
+
+    rows, keys = query.shape[-2], key.shape[-2]
+    visible, bias = torch.ones(rows, keys, dtype=torch.bool), None
+    visible = visible.tril() if options.get("is_causal") else visible
+    mask = tensors.get("attn_mask", options.get("attn_mask"))
+    if mask is not None:
+        mask = alone(mask.expand(*lead, rows, keys))
+        visible, bias = (mask, None) if mask.dtype == torch.bool else (visible, mask.double())
+    scale = options.get("scale")
+    found = rounding_units(
+        *(alone(t) for t in (query, key, value, dout)),
+        None,
+        dtype=dtype,
+        sinks=None,
+        bias=bias,
+        visible=visible,
+        softmax_scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        dropout_p=options.get("dropout_p", 0.0),
+    )
+    exact = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps if dtype == torch.float64 else 1.0
+    units = {"out": found["out"].reshape(dout.shape)}
+    for name, tensor in tensors.items():
+        unit = found["bias" if name == "attn_mask" else name] if tensor.is_floating_point() else None
+        if unit is not None:
+            unit = unit.square().reshape(*lead, *unit.shape[-2:])
+            if unit.dim() > 2 and tensor.dim() > 2 and unit.shape[-3] != tensor.shape[-3] > 1:  # heads of a group
+                unit = unit.unflatten(-3, (tensor.shape[-3], -1)).sum(-3)
+            units[f"d{name}"] = unit.sum_to_size(tensor.shape).sqrt()
+    return {name: unit.abs() * exact for name, unit in units.items()}
+
+
 def assert_right(ours: Results, tensors: dict[str, Tensor], dout: Tensor, **options: Any) -> None:
     """The tolerance rule on the output and each gradient."""
+    dtype = tensors["query"].dtype
     oracle = plain(doubled(tensors), dout.double(), **options)
     baseline = plain(tensors, dout, **options)
+    units = units_of(doubled(tensors), dout.double(), dtype, **options)
     assert ours.keys() == oracle.keys()
-    # A row that sees one key has a gradient of zero, of numbers of this size that cancel in float32.
-    cancelling = dout.double().abs().amax() * tensors["value"].double().abs().amax() if dout.numel() else 0.0
-    cancelling = cancelling * torch.finfo(torch.promote_types(dout.dtype, torch.float32)).eps
     for name, result in ours.items():
         assert result.dtype == baseline[name].dtype, name
-        unit = oracle[name].abs() * torch.finfo(result.dtype).eps
-        unit = unit if name == "out" else unit + cancelling
-        verdict = judge(result, oracle[name], baseline[name], name=name, unit=unit)
+        verdict = judge(result, oracle[name], baseline[name], name=name, unit=units[name])
         assert verdict.passed, str(verdict)
 
 

@@ -33,6 +33,7 @@ from .sdpa import PLAIN, attend
 
 _SDPA = "scaled_dot_product_attention"
 _BUILTIN = torch._C._nn.scaled_dot_product_attention
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from PyTorch 2.7 on
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Under this name PyTorch's registry of flash attention implementations has ours.
 IMPLEMENTATION = "transformer_fast"
@@ -183,7 +184,7 @@ def _why_not_operator(*tensors: Any) -> str | None:
     for tensor in tensors:
         if tensor is not None and type(tensor) not in PLAIN and not _may_dispatch(tensor):
             return f"{type(tensor).__name__} dispatches for itself"
-    if torch.compiler.is_compiling() and torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() and _is_exporting():
         return "torch.export: the program stays one of PyTorch's own operators"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit tracing: the program stays one of PyTorch's own operators"
@@ -263,6 +264,8 @@ def _patch_name() -> list[Callable[[], None]]:
     functional = torch.nn.functional
     _previous = before = getattr(functional, _SDPA)
     setattr(functional, _SDPA, scaled_dot_product_attention)
+    # torch.jit.script, which would compile our Python, knows functions by their identity.
+    torch.jit._builtins._register_builtin(scaled_dot_product_attention, f"aten::{_SDPA}")
 
     def undo() -> None:
         if getattr(functional, _SDPA) is scaled_dot_product_attention:  # else somebody put theirs over it
@@ -381,7 +384,7 @@ def _patch_fast_path() -> list[Callable[[], None]]:
 
 def _patch_cache_key() -> list[Callable[[], None]]:
     """A compiler's cache on disk must not give a graph of the one state to the other."""
-    config = torch.compiler.config
+    config = getattr(torch.compiler, "config", None)
     before = getattr(config, "cache_key_tag", None)
     if before is None:
         return []

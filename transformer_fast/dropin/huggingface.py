@@ -18,10 +18,12 @@ from ..spec import BACKENDS, UnsupportedError
 from .huggingface_masks import IntervalMask, interval_mask
 
 _OPEN = (-1, -1)
-#: Options that would change the result and that no interval says.
+#: Options that would change the result, and that are not known here.
+_REFUSED = ("block_indices", "head_mask", "layer_head_mask")
+#: Options that are rare enough to be looked for at once.
+_SPECIAL = (*_REFUSED, "cu_seq_lens_q", "indices", "output_attentions")
 #: Where transformers 5 keeps what hooks are to collect in a forward pass; None until registered.
 _collector: Any = None
-_REFUSED = ("block_indices", "head_mask", "layer_head_mask")
 
 
 def register_with_transformers(name: str = "transformer_fast", *, backend: str = "auto") -> str:
@@ -98,7 +100,7 @@ def attention_forward(
     """The attention function of transformers' ``AttentionInterface``.
 
     Args:
-        module: the layer; only its ``is_causal`` and its configuration's ``output_attentions`` are read.
+        module: the layer; only its ``is_causal`` is read.
         query: (batch, num_heads, seqlen_q, head_dim).
         key, value: (batch, num_kv_heads, seqlen_k, head_dim or head_dim_v); heads are not repeated.
         attention_mask: where there is one, it alone says who sees whom: an :class:`IntervalMask`; bool (True = attend)
@@ -122,63 +124,77 @@ def attention_forward(
         UnsupportedError: an option that would change the result and is not known here, or a back end asked for by
             name cannot do it.
     """
-    for name in _REFUSED:
-        if kwargs.get(name) is not None:
-            raise UnsupportedError(f"{name} is given; allowed: None (attn_implementation='eager' can do it)")
-    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    if query.stride(-1) != 1 or key.stride(-1) != 1 or value.stride(-1) != 1:
+        query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     if isinstance(scaling, Tensor):
         query, scaling = query * scaling.to(query.dtype), 1.0
-    if is_causal is None and not isinstance(attention_mask, IntervalMask):
-        is_causal = getattr(module, "is_causal", True)
-    weights_wanted = _weights_wanted(module, kwargs)
-    indices = kwargs.get("indices")
-    dense = weights_wanted or position_bias is not None or indices is not None  # packed sequences know none of them
-    problem = _problem(query, key, value, attention_mask, is_causal, sliding_window, kwargs, dense)
-    if indices is not None:
-        problem = _only(problem, query, indices)
-    if position_bias is not None:
-        problem = _with_position_bias(problem, query, position_bias)
-    if weights_wanted:  # the weights are the output for values that are the rows of the identity
-        batch, num_kv_heads, seqlen_k, _ = problem.value.shape
-        identity = torch.eye(seqlen_k, dtype=value.dtype, device=value.device).expand(batch, num_kv_heads, -1, -1)
-        problem = problem._replace(value=torch.cat((problem.value, identity), dim=-1))
-    options: dict[str, Any] = dict(
-        window_size=problem.window,
-        softmax_scale=scaling,
-        softcap=softcap or None,
-        sinks=None if s_aux is None else _floating(s_aux.reshape(-1), query),
-        dropout_p=dropout,
-        backend=backend,
-    )
+    is_special = bool(kwargs) and any(name in kwargs for name in _SPECIAL)
+    if is_special:
+        _refuse(kwargs, "attn_implementation='eager' can do it")
+    weights_wanted = _weights_wanted(kwargs)
+    is_plain = not is_special and not weights_wanted and position_bias is None and is_causal is None
+    if is_plain and isinstance(attention_mask, IntervalMask) and attention_mask.is_window(query, key):
+        problem = _Problem(key, value, attention_mask.window, attention_mask.seqlens_k, attention_mask.key_padding_mask)
+    else:
+        if is_causal is None and not isinstance(attention_mask, IntervalMask):
+            is_causal = getattr(module, "is_causal", True)
+        problem = _problem(
+            query, key, value, attention_mask, is_causal, sliding_window, position_bias, weights_wanted, kwargs
+        )
+    sinks = None if s_aux is None else _floating(s_aux.reshape(-1), query)
     if problem.cu_seqlens is not None:
-        packed = (t.transpose(1, 2).flatten(0, 1) for t in (query, problem.key, problem.value))
-        out = attention_varlen(*packed, *problem.cu_seqlens, **options)
+        query_, key_, value_ = (t.transpose(1, 2).flatten(0, 1) for t in (query, problem.key, problem.value))
+        out = attention_varlen(
+            query_,
+            key_,
+            value_,
+            *problem.cu_seqlens,
+            window_size=problem.window,
+            softmax_scale=scaling,
+            softcap=softcap or None,
+            sinks=sinks,
+            dropout_p=dropout,
+            backend=backend,
+        )
         return out.unflatten(0, (query.shape[0], query.shape[2])), None  # type: ignore[union-attr]
     out = attention(
         query,
         problem.key,
         problem.value,
+        window_size=problem.window,
         seqlens_k=problem.seqlens_k,
         key_padding_mask=problem.key_padding_mask,
         bias=problem.bias,
-        **options,
+        softmax_scale=scaling,
+        softcap=softcap or None,
+        sinks=sinks,
+        dropout_p=dropout,
+        backend=backend,
     )
-    assert isinstance(out, Tensor)
     weights = None
     if weights_wanted:
-        out, weights = out.split((value.shape[-1], out.shape[-1] - value.shape[-1]), dim=-1)
-        missing = key.shape[2] - weights.shape[-1]
-        weights = torch.nn.functional.pad(weights, (0, missing)) if missing else weights
-    return out.transpose(1, 2).contiguous(), weights
+        out, weights = out[..., : value.shape[-1]], out[..., value.shape[-1] :]  # type: ignore[call-overload]
+        weights = torch.nn.functional.pad(weights, (0, key.shape[2] - weights.shape[-1]))
+    return out.transpose(1, 2).contiguous(), weights  # type: ignore[union-attr]
 
 
-def _weights_wanted(module: nn.Module | None, kwargs: dict[str, Any]) -> bool:
-    """Whether the model was asked for attention weights: by argument, configuration, or what its hooks collect."""
-    if kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
+def _weights_wanted(kwargs: dict[str, Any]) -> bool:
+    """Whether the model was asked for attention weights: by argument, or by what its hooks are to collect.
+
+    A configuration that says ``output_attentions`` is among the latter.
+    """
+    if kwargs.get("output_attentions"):
         return True
     if _collector is None or (torch.compiler.is_compiling() and not _collector.compiling):
         return False
-    return any(name.endswith("attentions") for name in _collector.get() or ())
+    collected = _collector.get()
+    return bool(collected) and any(name.endswith("attentions") for name in collected)
+
+
+def _refuse(kwargs: dict[str, Any], why: str) -> None:
+    for name in _REFUSED:
+        if kwargs.get(name) is not None:
+            raise UnsupportedError(f"{name} is given; allowed: None ({why})")
 
 
 # ------------------------------------------------------------------------------------------------------- masks
@@ -191,58 +207,75 @@ def _problem(
     mask: IntervalMask | Tensor | None,
     is_causal: bool | None,
     sliding_window: int | None,
+    position_bias: Tensor | None,
+    weights_wanted: bool,
     kwargs: dict[str, Any],
-    dense: bool,
 ) -> _Problem:
-    """What each kind of mask comes to."""
-    batch, _, seqlen_q, _ = query.shape
-    seqlen_k = key.shape[2]
-    if isinstance(mask, IntervalMask) and mask.shape[2:] != (seqlen_q, seqlen_k):
+    """What a mask and the options around it come to."""
+    indices = kwargs.get("indices")
+    knows_pairs = weights_wanted or position_bias is not None or indices is not None  # which packed sequences do not
+    if isinstance(mask, IntervalMask) and (not mask.fits(query, key) or (mask.cu_seqlens is not None and knows_pairs)):
         mask = mask.dense()
     if isinstance(mask, IntervalMask):
-        window = (mask.window[0], mask.window[0]) if is_causal is False and mask.window[1] == 0 else mask.window
-        problem = _Problem(key, value, window, mask.seqlens_k, mask.key_padding_mask)
-        if mask.cu_seqlens is None:
-            return _packed_by_arguments(problem, batch, kwargs, dense)
-        if not dense:
-            lengths = (mask.cu_seqlens, mask.cu_seqlens, mask.max_seqlen, mask.max_seqlen)
-            return problem._replace(cu_seqlens=lengths)
-        mask = mask.dense()
-    if mask is not None and mask.dim() != 2:
-        return _with_mask(_Problem(key, value), query, mask)
-    left = right = -1 if sliding_window is None else sliding_window - 1
-    if is_causal:
-        right = 0
-    if mask is not None:
-        if mask.is_floating_point() or mask.is_complex():
-            raise TypeError(f"attention_mask (batch, seqlen_k) has dtype {mask.dtype}; allowed: bool or integer")
-        return _Problem(key, value, (left, right), None, mask[:, -seqlen_k:].to(torch.bool))
-    problem = _Problem(key, value, (left, right))
-    if is_causal and seqlen_q > 1 and seqlen_q != seqlen_k:  # rows stand at the first keys
-        if seqlen_q > seqlen_k:
-            offsets = torch.arange(seqlen_q, device=query.device)[:, None] - torch.arange(seqlen_k, device=query.device)
-            visible = (offsets >= 0) & (offsets <= left if left >= 0 else True)
-            return _Problem(key, value, bias=visible)
-        problem = problem._replace(key=key[:, :, :seqlen_q], value=value[:, :, :seqlen_q])
-    return _packed_by_arguments(problem, batch, kwargs, dense)
+        problem = _with_interval(_Problem(key, value), mask, is_causal)
+    elif mask is not None and mask.dim() != 2:
+        problem = _with_mask(_Problem(key, value), query, mask)
+    else:
+        problem = _without_mask(_Problem(key, value), query, mask, is_causal, sliding_window)
+    if kwargs.get("cu_seq_lens_q") is not None and problem.cu_seqlens is None and problem.bias is None:
+        problem = _packed_by_arguments(problem, query.shape[0], kwargs, knows_pairs)
+    if indices is not None:
+        problem = _only(problem, query, indices)
+    if position_bias is not None:
+        problem = _with_position_bias(problem, query, position_bias)
+    if weights_wanted:  # the weights are the output for values that are the rows of the identity
+        batch, num_kv_heads, seqlen_k, _ = problem.value.shape
+        identity = torch.eye(seqlen_k, dtype=value.dtype, device=value.device).expand(batch, num_kv_heads, -1, -1)
+        problem = problem._replace(value=torch.cat((problem.value, identity), dim=-1))
+    return problem
 
 
-def _packed_by_arguments(problem: _Problem, batch: int, kwargs: dict[str, Any], dense: bool) -> _Problem:
-    """With the boundaries that a collator hands to the model, where no position ids say them."""
-    cu_seqlens_q, cu_seqlens_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
-    if cu_seqlens_q is None or cu_seqlens_k is None:
+def _with_interval(problem: _Problem, mask: IntervalMask, is_causal: bool | None) -> _Problem:
+    left, right = mask.window
+    return problem._replace(
+        window=(left, left) if is_causal is False and right == 0 else (left, right),
+        seqlens_k=mask.seqlens_k,
+        key_padding_mask=mask.key_padding_mask,
+        cu_seqlens=None if mask.cu_seqlens is None else (mask.cu_seqlens, mask.cu_seqlens, *(2 * (mask.max_seqlen,))),
+    )
+
+
+def _without_mask(
+    problem: _Problem, query: Tensor, padding: Tensor | None, is_causal: bool | None, sliding_window: int | None
+) -> _Problem:
+    """With what the layer itself says, and at most a mask of padding, (batch, seqlen_k)."""
+    seqlen_q, seqlen_k = query.shape[2], problem.key.shape[2]
+    left = right = -1 if sliding_window is None else sliding_window - 1  # it counts the row itself
+    right = 0 if is_causal else right
+    problem = problem._replace(window=(left, right))
+    if padding is not None:
+        if padding.is_floating_point():
+            raise TypeError(f"attention_mask (batch, seqlen_k) has dtype {padding.dtype}; allowed: bool or integer")
+        return problem._replace(key_padding_mask=padding[:, -seqlen_k:].to(torch.bool))
+    if not is_causal or seqlen_q == 1 or seqlen_q == seqlen_k:
         return problem
-    if batch != 1 or dense or problem.seqlens_k is not None:
+    if seqlen_q < seqlen_k:  # rows stand at the first keys
+        return problem._replace(key=problem.key[:, :, :seqlen_q], value=problem.value[:, :, :seqlen_q])
+    distance = torch.arange(seqlen_q, device=query.device)[:, None] - torch.arange(seqlen_k, device=query.device)
+    return problem._replace(window=_OPEN, bias=(distance >= 0) & (distance <= left if left >= 0 else True))
+
+
+def _packed_by_arguments(problem: _Problem, batch: int, kwargs: dict[str, Any], knows_pairs: bool) -> _Problem:
+    """With the boundaries that a collator hands to the model, where no position ids say them."""
+    if batch != 1 or knows_pairs or problem.seqlens_k is not None:
         raise ValueError(
             f"cu_seq_lens_q is given with batch={batch}; allowed: a packed batch of 1, without cache, position bias or "
             "output_attentions"
         )
-    longest = []
-    for name, boundaries in (("max_length_q", cu_seqlens_q), ("max_length_k", cu_seqlens_k)):
-        length = kwargs.get(name)
-        longest.append(int(boundaries.diff().max() if length is None else length))
-    boundaries = (cu_seqlens_q.to(torch.int32), cu_seqlens_k.to(torch.int32), *longest)
-    return problem._replace(key_padding_mask=None, cu_seqlens=boundaries)
+    cu_seqlens = [kwargs[f"cu_seq_lens_{side}"].to(torch.int32) for side in "qk"]
+    longest = [kwargs.get(f"max_length_{side}") for side in "qk"]
+    lengths = (int(cu.diff().max() if n is None else n) for cu, n in zip(cu_seqlens, longest, strict=True))
+    return problem._replace(key_padding_mask=None, cu_seqlens=(*cu_seqlens, *lengths))
 
 
 def _floating(tensor: Tensor, query: Tensor) -> Tensor:
@@ -271,7 +304,7 @@ def _with_mask(problem: _Problem, query: Tensor, mask: Tensor) -> _Problem:
 
 def _only(problem: _Problem, query: Tensor, indices: Tensor) -> _Problem:
     """With no other keys than those of the indices, which a sparse model has chosen for each row."""
-    if problem.cu_seqlens is not None or (problem.bias is not None and problem.bias.dtype != torch.bool):
+    if problem.bias is not None and problem.bias.dtype != torch.bool:
         raise UnsupportedError("indices are given with a mask that is added; allowed: a boolean mask")
     shape = (query.shape[0], query.shape[2], problem.key.shape[2])
     chosen = torch.zeros(shape, dtype=torch.bool, device=query.device).scatter(-1, indices.long(), True)[:, None]
@@ -327,10 +360,11 @@ def paged_attention_forward(
         raise ValueError("cache is None; allowed: a paged cache, as generate_batch makes it (else drop the 'paged|')")
     if attention_mask is not None:
         raise ValueError(f"attention_mask is a {type(attention_mask).__name__}; allowed: None in continuous batching")
-    for name in ("block_table", "position_bias", *_REFUSED):
+    _refuse(kwargs, "in continuous batching")
+    for name in ("block_table", "position_bias"):
         if kwargs.get(name) is not None:
             raise UnsupportedError(f"{name} is given; allowed: None in continuous batching")
-    if _weights_wanted(module, kwargs):
+    if _weights_wanted(kwargs):
         raise UnsupportedError("output_attentions is True; allowed: False in continuous batching")
     key, value = cache.update(
         key_states=key,

@@ -58,12 +58,20 @@ class IntervalMask:
         self.cu_seqlens = cu_seqlens
         self.max_seqlen = max_seqlen
         self.arguments = arguments
+        self.lengths = (arguments["q_length"], arguments["kv_length"])
         self.device = torch.device(arguments["device"])
 
     @property
     def shape(self) -> torch.Size:
-        sizes = self.arguments
-        return torch.Size((sizes["batch_size"], 1, sizes["q_length"], sizes["kv_length"]))
+        return torch.Size((self.arguments["batch_size"], 1, *self.lengths))
+
+    def fits(self, query: Tensor, key: Tensor) -> bool:
+        """Whether it was made for rows and keys of these numbers."""
+        return self.lengths == (query.shape[2], key.shape[2])
+
+    def is_window(self, query: Tensor, key: Tensor) -> bool:
+        """Whether it is made for them, and is not of packed sequences."""
+        return self.cu_seqlens is None and self.fits(query, key)
 
     def dim(self) -> int:
         return self.ndim
@@ -219,7 +227,7 @@ def interval_mask(
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable | None = None,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | IntervalMask | None = None,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
     use_vmap: bool = False,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -283,11 +285,21 @@ def test_a_block_mask_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(3):
             flex_attention(query, query, query, block_mask=mask)
         assert len(reads) == 1
-        flex_attention(query.expand(2, -1, -1, -1), *[query.expand(2, -1, -1, -1)] * 2, block_mask=mask)
+        two = query.expand(2, -1, -1, -1)
+        for given in (two, query, two):
+            flex_attention(given, given, given, block_mask=mask)
         assert len(reads) == 2
         reads.clear()
 
 
+def test_a_block_mask_that_was_read_can_be_copied() -> None:
+    mask = create_block_mask(near, None, None, SEQLEN, SEQLEN, device="cpu")
+    due = seen_through(mask, 1, 1, (SEQLEN, SEQLEN))
+    for copied in (copy.copy(mask), copy.deepcopy(mask), pickle.loads(pickle.dumps(mask))):
+        assert torch.equal(seen_through(copied, 1, 1, (SEQLEN, SEQLEN)), due)
+
+
+near = Near(4)
 WIDTH = 3
 
 

@@ -141,15 +141,28 @@ def _check(score_mod: Any, kernel_options: Any, return_lse: Any, aux: Any) -> No
         )
 
 
+class _Known:
+    """What is known of a block mask, by batch and num_heads of the query, while nothing that it reads has changed."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch, self.found = watch, dict[tuple[int, int], RecognizedMask]()
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # a copy of a block mask, in another process too, is read anew
+
+
 def _recognized(block_mask: Any, batch: int, num_heads: int) -> RecognizedMask:
-    """:func:`recognize`, remembered on the block mask for as long as nothing that it reads has changed."""
+    """:func:`recognize`, remembered on the block mask."""
     known = getattr(block_mask, _CACHE, None)
-    if known is not None:
-        found, watch = known
-        if found.batch == batch and found.num_heads == num_heads and watch.is_unchanged(block_mask):
-            return found
-    found = recognize(block_mask, batch, num_heads)
-    setattr(block_mask, _CACHE, (found, Watch(block_mask)))
+    if known is not None and not known.watch.is_unchanged(block_mask):
+        known = None
+    found = None if known is None else known.found.get((batch, num_heads))
+    if found is None:
+        found = recognize(block_mask, batch, num_heads)
+        if known is None:
+            known = _Known(Watch(block_mask))
+            setattr(block_mask, _CACHE, known)
+        known.found[batch, num_heads] = found
     return found
 
 

@@ -101,7 +101,7 @@ def flash_attn_with_kvcache(
         results = _take_step(q, k_cache, v_cache, seqlens, step, options)
     if return_softmax_lse:
         return results[0].transpose(1, 2), results[1]
-    return results.transpose(1, 2)  # type: ignore[no-any-return]
+    return results.transpose(1, 2)
 
 
 def _lengths(cache_seqlens: Any, q: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def _lengths(cache_seqlens: Any, q: Tensor) -> Tensor:
     if isinstance(cache_seqlens, int) and not isinstance(cache_seqlens, bool):
         return torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
     _check_int32(cache_seqlens, "cache_seqlens", q.shape[0], "an integer or ")
-    return cache_seqlens  # type: ignore[no-any-return]
+    return cache_seqlens
 
 
 def _check_int32(tensor: Any, name: str, batch: int, also: str = "") -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...attn_probs import places
+from ...options import PACKED, PADDED
 
 
 def apply_rotary(
@@ -37,29 +38,25 @@ def apply_rotary(
     Raises:
         ValueError, TypeError: a shape does not fit, or a position lies outside ``cos``.
     """
-    ndim = 4 if cu_seqlens is None else 3
-    if x.dim() != ndim:
-        shape = "(batch, seqlen, num_heads, head_dim)" if ndim == 4 else "(total, num_heads, head_dim), packed"
-        raise ValueError(f"x has shape {tuple(x.shape)}; allowed: {shape}")
+    allowed = PADDED if cu_seqlens is None else f"{PACKED}, packed"
+    if x.dim() != (4 if cu_seqlens is None else 3):
+        raise ValueError(f"x has shape {tuple(x.shape)}; allowed: {allowed}")
     check_tables(x, cos, sin)
-    is_tensor = isinstance(seqlen_offsets, Tensor)
     batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if is_tensor and tuple(seqlen_offsets.shape) != (batch,):  # type: ignore[union-attr]
-        shape = tuple(seqlen_offsets.shape)  # type: ignore[union-attr]
-        raise ValueError(f"seqlen_offsets has shape {shape}; allowed: an integer or ({batch},)")
-    positions: Tensor | None = None
+    if isinstance(seqlen_offsets, Tensor) and tuple(seqlen_offsets.shape) != (batch,):
+        raise ValueError(f"seqlen_offsets has shape {tuple(seqlen_offsets.shape)}; allowed: an integer or ({batch},)")
     if cu_seqlens is not None:
         sequence, place = places(cu_seqlens)
-        positions = place + (seqlen_offsets[sequence] if is_tensor else seqlen_offsets)  # type: ignore[index]
-    elif is_tensor:
-        positions = seqlen_offsets.unsqueeze(1) + torch.arange(x.shape[1], device=x.device)  # type: ignore[union-attr]
-    if positions is None:
+        first = seqlen_offsets[sequence] if isinstance(seqlen_offsets, Tensor) else seqlen_offsets
+        cos, sin = rows_at(cos, place + first), rows_at(sin, place + first)
+    elif isinstance(seqlen_offsets, Tensor):
+        positions = seqlen_offsets.unsqueeze(1) + torch.arange(x.shape[1], device=x.device)
+        cos, sin = rows_at(cos, positions), rows_at(sin, positions)
+    else:
         end = seqlen_offsets + x.shape[1]
-        if not 0 <= seqlen_offsets <= end <= cos.shape[0]:  # type: ignore[operator]
+        if not 0 <= seqlen_offsets <= end <= cos.shape[0]:
             raise ValueError(_out_of_range(seqlen_offsets, end - 1, cos))
         cos, sin = cos[seqlen_offsets:end], sin[seqlen_offsets:end]
-    else:
-        cos, sin = rows_at(cos, positions), rows_at(sin, positions)
     return rotate(x, cos.unsqueeze(-2), sin.unsqueeze(-2), interleaved, inplace=inplace, conjugate=conjugate)
 
 
@@ -87,7 +84,7 @@ def rows_at(table: Tensor, positions: Tensor) -> Tensor:
     return table[positions.long()]
 
 
-def _out_of_range(first: int | Tensor, last: int | Tensor, table: Tensor) -> str:
+def _out_of_range(first: int, last: int, table: Tensor) -> str:
     return f"positions are {first} to {last}; allowed: 0 to {table.shape[0] - 1}, the rows of cos and sin"
 
 

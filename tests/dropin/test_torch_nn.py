@@ -244,12 +244,15 @@ def test_eval_mode_gives_what_torchs_inference_path_gives(name: str, need_weight
         assert result is None or judge(result, wanted, peer).passed
 
 
+@pytest.mark.parametrize("kind", ["bool", "float"])
 @pytest.mark.parametrize("need_weights", [False, True], ids=["fast", "weights"])
-def test_a_row_that_sees_nothing_is_zero(need_weights: bool) -> None:
+def test_a_row_that_sees_nothing_is_zero(need_weights: bool, kind: str) -> None:
     module = filled(MultiheadAttention(DIM, HEADS, batch_first=True))
     x = torch.randn(BATCH, ROWS, DIM, requires_grad=True)
     mask = torch.zeros(BATCH * HEADS, ROWS, KEYS, dtype=torch.bool)
     mask[:, 2] = True
+    if kind == "float":
+        mask = torch.zeros(mask.shape).masked_fill(mask, MINUS_INF)
     out, weights = module(x, x, x, attn_mask=mask, need_weights=need_weights)
     assert torch.equal(out[:, 2], module.out_proj.bias.expand(BATCH, DIM))
     assert weights is None or not weights[:, 2].any()

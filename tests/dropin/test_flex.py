@@ -455,6 +455,7 @@ def _wrong_calls() -> dict[str, tuple[type[Exception], str, dict[str, Any]]]:
         "heads": (ValueError, "enable_gqa", {"key": torch.randn(2, 1, 8, 8)}),
         "query": (ValueError, r"query has shape \(2, 8\)", {"query": torch.randn(2, 8)}),
         "key": (TypeError, "key is of type list", {"key": [1]}),
+        "value": (TypeError, "value is of type list", {"value": [1], "key": torch.randn(1, 2, 8, 8)}),
         "shorter": (
             ValueError,
             r"seqlen_k\) \(2, 2, 8, 8\); query and key have \(2, 2, 7, 8\)",

@@ -1,8 +1,8 @@
 """FlexAttention's call, run by this library's kernels where its mask is one that they know.
 
 ``from transformer_fast.dropin.flex import flex_attention`` in place of torch's: the same arguments, and the block mask
-that :func:`torch.nn.attention.flex_attention.create_block_mask` made. It needs no compiler, and on a CPU it has what
-torch's has not there: gradients, and lse.
+that :func:`torch.nn.attention.flex_attention.create_block_mask` made. It needs no compiler, and on a CPU it has
+gradients, which torch's refuses there, and lse, which torch's has there only uncompiled.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def flex_attention(
     if not (score_mod is None and kernel_options is None and return_aux is None and return_lse is False):
         _check(score_mod, kernel_options, return_lse, return_aux)
     if kv_batch == 1 < batch:
-        key, value = (t.expand(batch, *t.shape[1:]) for t in (key, value))
+        key = key.expand(batch, *key.shape[1:])
+        if isinstance(value, Tensor) and value.dim() == 4 and value.shape[0] == 1:  # if not, attention() says so
+            value = value.expand(batch, *value.shape[1:])
     need_lse = return_lse or (return_aux is not None and bool(return_aux.lse))
     if block_mask is None:
         result = attention(query, key, value, softmax_scale=scale, return_lse=need_lse)

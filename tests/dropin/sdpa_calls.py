@@ -102,6 +102,7 @@ CALLS: dict[str, Call] = {
     "mask_bool_3d": Call(mask=lambda: _bool(4, 1, 13)),
     "mask_bool_per_row": Call(mask=lambda: _bool(2, 1, 9, 1)),
     "mask_padding": Call(mask=_padding),
+    "mask_padding_expanded": Call(mask=lambda: _padding().expand(2, 4, 9, 13)),
     "mask_padding_shared": Call(mask=lambda: _bool(1, 1, 1, 13)),
     "mask_padding_one_row": Call((2, 4, 1, 16), mask=_padding),
     "mask_empty_rows": Call(mask=_empty_rows),

@@ -195,6 +195,26 @@ def test_compiled(door: str, name: str) -> None:
     assert all(taken_of(handle.report())), str(handle.report())
 
 
+def test_compiled_with_any_length() -> None:
+    compiled = torch.compile(partial(by_name, is_causal=True), backend="aot_eager", fullgraph=True, dynamic=True)
+    calls = [Call((2, 4, n, 16), (2, 4, n, 16)).tensors(torch.float32) for n in (5, 9, 17)]
+    with accelerate(explain=True) as handle:
+        found = [run(compiled, tensors, torch.ones_like(tensors["query"])) for tensors in calls]
+    for results, tensors in zip(found, calls, strict=True):
+        assert_right(results, tensors, torch.ones_like(tensors["query"]), is_causal=True)
+    assert taken_of(handle.report()) == [True], str(handle.report())
+
+
+@pytest.mark.parametrize("name", ["4d", "head_dim_v", "strides_last"])
+def test_compiled_in_inference_mode(name: str) -> None:
+    tensors = CALLS[name].tensors(torch.float32)
+    with torch.inference_mode(), accelerate(explain=True) as handle:
+        out = torch.compile(imported_before, backend="aot_eager", fullgraph=True)(**tensors)
+    assert taken_of(handle.report()) == [True]
+    verdict = judge(out, BUILTIN(**{n: t.double() for n, t in tensors.items()}), BUILTIN(**tensors))
+    assert verdict.passed, str(verdict)
+
+
 def graph_of(function: Callable[..., Any], *args: Any) -> list[str]:
     """The operators that a compiler is handed for the forward pass."""
     from torch._dynamo.backends.common import aot_autograd
@@ -587,6 +607,16 @@ def test_report() -> None:
     assert left.calls == 1 and not left.taken and "float64" in left.outcome
     text = str(handle.report())
     assert f"test_accelerate.py:{line} (test_report)" in text and "1 of 2 call sites taken" in text
+
+
+def test_report_of_growing_lengths() -> None:
+    with accelerate(explain=True) as handle:
+        for length in (7, 5, 9):
+            by_name(torch.randn(2, 4, length, 8), *torch.randn(2, 2, 4, length, 8))
+            by_name(torch.randn(2, 4, 1, 8), *torch.randn(2, 2, 4, length, 8))
+    prefill, decode = handle.report()
+    assert prefill.shapes == ((2, 4, "5..9", 8),) * 3 and decode.shapes[:2] == ((2, 4, 1, 8), (2, 4, "5..9", 8))
+    assert prefill.calls == decode.calls == 3 and "2x4x1x8 2x4x5..9x8" in str(handle.report())
 
 
 def test_report_of_a_layer_says_which() -> None:

@@ -102,7 +102,10 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
-@pytest.mark.parametrize("name", ["mask_padding", "mask_padding_shared", "mask_padding_one_row", "mask_5d_shared"])
+@pytest.mark.parametrize(
+    "name",
+    ["mask_padding", "mask_padding_expanded", "mask_padding_shared", "mask_padding_one_row", "mask_5d_shared"],
+)
 def test_padding_is_no_matrix(name: str, given: list[dict[str, Any]]) -> None:
     sdpa(**CALLS[name].tensors(torch.float32))
     assert given[0]["bias"] is None and given[0]["key_padding_mask"].dim() == 2

@@ -384,7 +384,7 @@ def _patch_fast_path() -> list[Callable[[], None]]:
 
 def _patch_cache_key() -> list[Callable[[], None]]:
     """A compiler's cache on disk must not give a graph of the one state to the other."""
-    config = getattr(torch.compiler, "config", None)
+    config: Any = getattr(torch.compiler, "config", None)
     before = getattr(config, "cache_key_tag", None)
     if before is None:
         return []

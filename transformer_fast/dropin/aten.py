@@ -80,14 +80,21 @@ class _Flash:
         self.backend, self.refuses, self.record = backend, refuses, record
 
     def _forward(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, *how: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        dropout_p: float,
+        scale: float | None,
+        causal: str,
     ) -> tuple[Tensor, Tensor] | None:
-        """Output in the memory order of the query, and lse; None where it is for PyTorch. ``how``: scale, causal."""
+        """Output in the memory order of the query, and lse; None where it is for PyTorch."""
         reason = self.refuses(query, dropout_p)
         results = None
         if reason is None:
             try:
-                operands, options = _problem(query, key, value, mask, *how, self.backend())
+                operands, options = _problem(query, key, value, mask, scale, causal, self.backend())
                 results = runner_for(operands, options).forward(operands, need_lse=True, need_stats=False)
             except REFUSALS as error:
                 reason = str(error)
@@ -98,7 +105,15 @@ class _Flash:
         return _like(torch.empty_like(query), results.out), results.lse
 
     def _backward(
-        self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, *how: Any
+        self,
+        dout: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        dropout_p: float,
+        scale: float | None,
+        causal: str,
     ) -> list[Tensor] | None:
         """Gradients of query, key and value; None where it is for PyTorch.
 
@@ -107,7 +122,7 @@ class _Flash:
         if self.refuses(query, dropout_p) is not None:
             return None
         try:
-            operands, options = _problem(query, key, value, mask, *how, self.backend())
+            operands, options = _problem(query, key, value, mask, scale, causal, self.backend())
             runner = runner_for(operands, options)
         except REFUSALS:
             return None
@@ -136,13 +151,13 @@ class FlashForCpu(_Flash):
         *,
         attn_mask: Tensor | None = None,
         scale: float | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """``logsumexp`` lies in memory as (batch, seqlen_q, num_heads)."""
         causal = "top left" if is_causal else "no"
         found = self._forward(query, key, value, attn_mask, dropout_p, scale, causal)
         if found is None:
             options = {"attn_mask": attn_mask, "scale": scale}
-            return tuple(self.original(keyset, query, key, value, dropout_p, is_causal, **options))  # type: ignore[return-value]
+            return tuple(self.original(keyset, query, key, value, dropout_p, is_causal, **options))
         out, lse = found
         return out, _in_rows_first(lse)
 

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -25,16 +25,23 @@ _MACHINERY = (_TORCH + os.path.join("nn", "modules", "module.py"),)
 _TRACE_LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>\S+)')
 
 
+Shape = tuple[Any, ...]
+
+
 @dataclass
 class CallSite:
-    """One place in a model that calls SDPA with one kind of arguments."""
+    """One place in a model that calls SDPA with one kind of arguments.
+
+    Lengths may vary from call to call, as in generation: such a size is then the text ``"5..9"``. One query row (a
+    decoding step) and many are kinds of their own.
+    """
 
     callers: tuple[str, ...]  # "file:line (function)", innermost first
-    shapes: tuple[tuple[Any, ...], ...]  # of query, key, value and, if there is one, attn_mask
+    shapes: tuple[Shape, ...]  # of query, key, value and, if there is one, attn_mask
     dtype: torch.dtype
     reason: str | None  # why it was left to PyTorch; None if it was taken
     compiled: bool  # seen by a compiler, which makes one call of many
-    calls: int = field(default=0)
+    calls: int = 0
 
     @property
     def taken(self) -> bool:
@@ -78,21 +85,38 @@ class Recorder:
     def add(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, reason: str | None, *, traced: bool) -> None:
         callers = callers_of(sys._getframe(1), traced=traced)
         shapes = tuple(_shape(t) for t in (query, key, value, mask) if t is not None)
-        one = CallSite(callers, shapes, query.dtype, reason, traced)
+        kind = (*(len(shape) for shape in shapes), shapes[0][-2:-1] == (1,))
         with self._lock:
-            known = self._sites.setdefault((callers, shapes, one.dtype, reason, traced), one)
-            known.calls += 1
+            one = self._sites.setdefault(
+                (callers, kind, query.dtype, reason, traced), CallSite(callers, shapes, query.dtype, reason, traced)
+            )
+            one.calls += 1
+            one.shapes = tuple(
+                tuple(_range(n, m) for n, m in zip(old, new, strict=True))
+                for old, new in zip(one.shapes, shapes, strict=True)
+            )
 
     def report(self) -> Report:
         with self._lock:
-            return Report(self._sites.values())
+            return Report(replace(site) for site in self._sites.values())
+
+
+def _range(known: Any, size: Any) -> Any:
+    """A size that was ``known`` (a number, or "5..9") and another: both in one."""
+    if known == size:
+        return known
+    ends = (*str(known).split(".."), str(size))
+    if not all(end.isdigit() for end in ends):  # a compiler's symbol
+        return "any"
+    numbers = [int(end) for end in ends]
+    return f"{min(numbers)}..{max(numbers)}"
 
 
 def callers_of(frame: FrameType | None, *, traced: bool) -> tuple[str, ...]:
     """The innermost callers outside of this package and of PyTorch's machinery."""
     if traced and (found := _traced_callers()):
         return found
-    callers = []
+    callers: list[str] = []
     while frame is not None and len(callers) < DEPTH:
         name = frame.f_code.co_filename
         if _is_model_code(name):
@@ -110,7 +134,7 @@ def _is_model_code(name: str) -> bool:
 def _traced_callers() -> tuple[str, ...]:
     """The user's code that a compiler is looking at: its own stack is the only one that Python knows."""
     stack = torch._guards.TracingContext.extract_stack() if torch._guards.TracingContext.try_get() else []
-    frames = [(s.filename, s.lineno, s.name) for s in stack]
+    frames = [(s.filename, str(s.lineno), s.name) for s in stack]
     if not frames:
         text = "".join(torch.fx.traceback.format_stack()) if torch.fx.traceback.has_preserved_node_meta() else ""
         frames = [(m["file"], m["line"], m["name"]) for m in _TRACE_LINE.finditer(text)]

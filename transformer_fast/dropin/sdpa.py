@@ -57,8 +57,8 @@ def scaled_dot_product_attention(
         value: (..., num_kv_heads, seqlen_k, head_dim_v).
         attn_mask: bool, True = keep, or added to the scores (float32 or the query's dtype; it may require grad);
             broadcastable to (..., seqlen_q, seqlen_k). A bool mask that is the same for all heads and rows,
-            (batch, 1, 1, seqlen_k), is taken as a padding mask. ``torch.nn.attention.bias.CausalBias`` is never made
-            a matrix.
+            (batch, 1, 1, seqlen_k) or expanded from it, is taken as a padding mask. A
+            ``torch.nn.attention.bias.CausalBias`` is never made a matrix.
         dropout_p: probability of dropping an attention weight, 0 to 1. It is applied whenever it is given; the
             random numbers are not those of PyTorch.
         is_causal: row ``i`` sees keys 0 to ``i``: aligned at the top left, unlike ``attention(causal=True)``.
@@ -149,7 +149,7 @@ def arguments_of(
     return query, key, value, causal, window_size, padding, bias, lead
 
 
-def _plain_sizes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> Sizes | None:
+def _plain_sizes(query: Any, key: Any, value: Any, enable_gqa: bool) -> Sizes | None:
     """(batch, num_heads, seqlen_q, seqlen_k) of what :func:`attention` can take as it is, else None. It takes 1 us."""
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         return None
@@ -248,7 +248,7 @@ def _check_mask(mask: Any, full: tuple[int, ...]) -> None:
 
 
 def _mask_operands(mask: Tensor, sizes: Sizes, query: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """An attn_mask as (key_padding_mask, bias), one of which is None. Only its shape is looked at."""
+    """An attn_mask as (key_padding_mask, bias), one of which is None. Only its shape and strides are looked at."""
     batch, heads, rows, keys = sizes
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         _check_mask(mask, sizes)
@@ -261,9 +261,12 @@ def _mask_operands(mask: Tensor, sizes: Sizes, query: Tensor) -> tuple[Tensor | 
         if dtype is not torch.float32 and dtype is not query.dtype:
             _check_cast_mask(mask, query)
         return None, mask
-    if h != 1 or r != 1:
+    if h == 1 and r == 1:
+        padding = mask.view(b, k)
+    elif (h == 1 or mask.stride()[1] == 0) and (r == 1 or mask.stride()[2] == 0):  # expanded: still one row for all
+        padding = mask[:, 0, 0]
+    else:
         return None, mask
-    padding = mask.view(b, k)
     return padding if b == batch and k == keys else padding.expand(batch, keys), None
 
 

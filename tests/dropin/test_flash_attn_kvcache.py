@@ -215,6 +215,20 @@ def test_no_gradient_is_recorded() -> None:
     assert not step.run().requires_grad and not step.k_cache.requires_grad
 
 
+@pytest.mark.parametrize("where", ["cache", "pages_of_7", "leftpad_batch_idx"])
+def test_under_autocast_the_cache_keeps_its_dtype(where: str) -> None:
+    step = make_step(WHERE[where] | WHAT["append"])
+    caches = step.k_cache.clone(), step.v_cache.clone()
+    expected_out = step.run()
+    step.k_cache, step.v_cache = caches
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = step.run()
+    assert out.dtype == torch.float32 and torch.equal(out, expected_out)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        halves = {n: step.arguments[n].bfloat16() for n in ("k", "v")}
+        assert flash_attn_with_kvcache(step.q.bfloat16(), *caches, **step.arguments | halves).dtype == torch.float32
+
+
 @pytest.mark.parametrize("where", WHERE.values(), ids=WHERE)
 def test_the_cache_is_not_copied(where: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """What the kernels read lies where the cache lies, whichever entries or pages."""

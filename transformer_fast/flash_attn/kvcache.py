@@ -48,7 +48,8 @@ def flash_attn_with_kvcache(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over a KV cache, into which new keys and values are written first, with flash-attn's signature.
 
-    For inference: no gradient is recorded, as in flash-attn. The cache is read where it lies, never copied.
+    For inference: no gradient is recorded, as in flash-attn. The cache is read where it lies, never copied; under
+    autocast it keeps its dtype, which q, k and v take.
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim).
@@ -94,8 +95,12 @@ def flash_attn_with_kvcache(
     q = with_contiguous_rows(q, "q", 4, PADDED)
     seqlens = None if cache_seqlens is None else _lengths(cache_seqlens, q)
     step = _Step(k, v, rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad, block_table, rotary_interleaved)
-    if torch.is_grad_enabled():
-        with torch.no_grad():
+    autocast = torch.is_autocast_enabled(q.device.type)
+    if torch.is_grad_enabled() or autocast:
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+            if autocast:  # which would make a copy of the cache
+                q = q.to(k_cache.dtype)
+                step = step._replace(**{n: t.to(k_cache.dtype) for n, t in (("k", k), ("v", v)) if t is not None})
             results = _take_step(q, k_cache, v_cache, seqlens, step, options)
     else:
         results = _take_step(q, k_cache, v_cache, seqlens, step, options)

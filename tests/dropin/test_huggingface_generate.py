@@ -151,7 +151,7 @@ def test_compiled_static_decode(case_id: str, seed: int) -> None:
             compiled_for.append(counter.frame_count)
         expected = model_of(case_id, "eager", seed)(ids).logits
     assert (torch.cat(logits, dim=1) - expected).abs().max() <= PROMISED * expected.abs().max()
-    assert compiled_for[1:] == compiled_for[1:2] * 5 or case_id == "gemma2", compiled_for
+    assert compiled_for[1:] == compiled_for[1:2] * 5 and compiled_for[1] <= 2  # a sliding cache fills up once
     torch._dynamo.reset()
 
 

@@ -7,7 +7,21 @@ import functools
 
 import pytest
 import torch
-from models.checkpoints_hf import BART, BERT, DISTILBERT, GEMMA2, GPT, LLAMA, ROBERTA, T5, VIT, WHISPER, Case, build
+from models.checkpoints_hf import (
+    BART,
+    BERT,
+    DISTILBERT,
+    GEMMA2,
+    GPT,
+    LLAMA,
+    ROBERTA,
+    T5,
+    VIT,
+    VOCAB,
+    WHISPER,
+    Case,
+    build,
+)
 from models.inputs_hf import make_inputs
 from models.oracle_hf import RUNS, Jittered, Results, results
 
@@ -97,3 +111,38 @@ def test_gradients(case: Case, kind: str, seed: int) -> None:
             runs = [results_of(case, kind, "eager", seed, jitter=run) for run in range(1, RUNS + 1)]
             allowed = FACTOR * max((run[name] - eager[name]).abs().max() for run in runs) + rounding
         assert error <= allowed, f"{name}: an error of {float(error):.3g}; allowed: {float(allowed):.3g}"
+
+
+LLAMA4 = LLAMA | dict(attention_chunk_size=4, num_local_experts=2, intermediate_size_mlp=36, eos_token_id=2)
+GEMMA3 = LLAMA | dict(num_hidden_layers=3, sliding_window=4, eos_token_id=2, query_pre_attn_scalar=17)
+MIXTRAL = LLAMA | dict(num_local_experts=3, num_experts_per_tok=2, intermediate_size=36, sliding_window=4)
+MODERN_BERT = dict(vocab_size=VOCAB, hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=37,
+                   local_attention=4, global_attn_every_n_layers=2, pad_token_id=0)  # fmt: skip
+OPT = dict(vocab_size=VOCAB, hidden_size=24, word_embed_proj_dim=24, num_hidden_layers=2, num_attention_heads=3,
+           ffn_dim=37, max_position_embeddings=32)  # fmt: skip
+#: Other ways to a mask: chunks, windows on both sides, layers of several kinds; forward only.
+MORE = [
+    Case("qwen2", "Qwen2ForCausalLM", "Qwen2Config", LLAMA | dict(use_sliding_window=True, sliding_window=4,
+         max_window_layers=1), "decoder", ""),
+    Case("qwen3", "Qwen3ForCausalLM", "Qwen3Config", LLAMA, "decoder", ""),
+    Case("phi3", "Phi3ForCausalLM", "Phi3Config", LLAMA | dict(sliding_window=4), "decoder", ""),
+    Case("mixtral", "MixtralForCausalLM", "MixtralConfig", MIXTRAL, "decoder", ""),
+    Case("gemma3", "Gemma3ForCausalLM", "Gemma3TextConfig", GEMMA3, "decoder", ""),
+    Case("llama4", "Llama4ForCausalLM", "Llama4TextConfig", LLAMA4, "decoder", ""),
+    Case("olmo2", "Olmo2ForCausalLM", "Olmo2Config", LLAMA, "decoder", ""),
+    Case("opt", "OPTForCausalLM", "OPTConfig", OPT, "decoder", ""),
+    Case("modernbert", "ModernBertModel", "ModernBertConfig", MODERN_BERT, "encoder", ""),
+    Case("electra", "ElectraModel", "ElectraConfig", BERT, "encoder", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MORE, ids=lambda case: case.id)
+@pytest.mark.parametrize("side", ["full", "right", "left"])
+def test_further_models(case: Case, side: str, seed: int) -> None:
+    inputs, built, logits = make_inputs(case, side, seed), build(case, seed), []
+    for name in (NAME, "eager"):
+        model = type(built)._from_config(built.config, attn_implementation=name).eval()
+        model.load_state_dict(built.state_dict())
+        with torch.no_grad():
+            logits.append(model(**inputs.arguments)[0][inputs.keep])
+    assert (logits[0] - logits[1]).abs().max() <= PROMISED * logits[1].abs().max()

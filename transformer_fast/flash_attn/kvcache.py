@@ -100,7 +100,8 @@ def flash_attn_with_kvcache(
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             if autocast:  # which would make a copy of the cache
                 q = q.to(k_cache.dtype)
-                step = step._replace(**{n: t.to(k_cache.dtype) for n, t in (("k", k), ("v", v)) if t is not None})
+                k, v = (t if t is None else t.to(k_cache.dtype) for t in (k, v))
+                step = step._replace(k=k, v=v)
             results = _take_step(q, k_cache, v_cache, seqlens, step, options)
     else:
         results = _take_step(q, k_cache, v_cache, seqlens, step, options)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from transformer_fast.generation.batching import ContinuousBatch
-from transformer_fast.models import CausalLM, DecoderModel, ModelConfig, from_config
+from transformer_fast.models import CausalLM, DecoderModel, ModelConfig, from_config, presets
 
 VOCAB, LONGEST = 53, 40
 LLAMA = dict(
@@ -104,6 +104,8 @@ def test_what_cannot_be_batched():
     t5 = dict(vocab_size=VOCAB, d_model=24, d_kv=6, d_ff=37, num_layers=1, num_heads=4, model_type="t5")
     with pytest.raises(TypeError, match="Seq2SeqModel with positions='relative'; allowed: a decoder-only model"):
         ContinuousBatch(from_config(t5), num_pages=4)
+    with pytest.raises(TypeError, match="Seq2SeqModel with positions='sinusoidal'; allowed: a decoder-only model"):
+        ContinuousBatch(from_config(presets.transformer_2017(VOCAB), device="meta"), num_pages=4)
     stack = dict(vocab_size=VOCAB, hidden_size=24, num_layers=1, num_heads=4, intermediate_size=37, max_positions=32)
     with pytest.raises(TypeError, match="CausalLM with positions='relative'; allowed"):
         ContinuousBatch(CausalLM(ModelConfig(**stack, causal=True, positions="relative")), num_pages=4)

@@ -161,6 +161,7 @@ CONTENT = {
     ),
     "forced": ({"forced_bos_token_id": 5, "forced_eos_token_id": 3, "begin_suppress_tokens": [8, 9, 10]}, 1),
     "forced late": ({"forced_bos_token_id": 5, "forced_eos_token_id": [3, 6], "begin_suppress_tokens": [8, 9]}, 3),
+    "renormalized": ({"suppress_tokens": list(range(8, 20)), "renormalize_logits": True}, 2),
     "suppressed": ({"suppress_tokens": list(range(8, 20)), "begin_suppress_tokens": [3, 20, 21, 22]}, 3),
 }
 
@@ -224,6 +225,7 @@ def random_options(draw: random.Random) -> dict[str, Any]:
         "begin_suppress_tokens": tokens(9),
         "length_penalty": draw.choice([-0.7, 0.8, 1.5]),
         "early_stopping": draw.choice([False, True, "never"]),
+        "renormalize_logits": draw.choice([False, True]),
     }
     kept = {"max_new_tokens", *draw.sample(sorted(options), draw.randint(2, 8))}
     options = {name: value for name, value in options.items() if name in kept}
@@ -356,7 +358,7 @@ def test_config_from_files():
     lengths = ("max_length",)  # 20 new tokens, of which GenerationConfig says nothing until the prompt is there
     for name, value in GenerationConfig().__dict__.items():
         if name not in (*lengths, "seed"):
-            assert getattr(hub, name) == (None if value == () else value), name
+            assert (getattr(hub, name) or None) == (value or None), name
 
 
 def test_lengths():

@@ -43,7 +43,7 @@ class ContinuousBatch:
             raise ValueError(f"max_batch={max_batch} must be at least 1")
         config = getattr(model, "config", None)
         positions = None if config is None else config.positions
-        if not hasattr(model, "next_token_logits") or positions == "relative":
+        if not hasattr(model, "cache_shapes") or positions == "relative":
             raise TypeError(
                 f"model is a {type(model).__name__} with positions={positions!r}; "
                 "allowed: a decoder-only model without relative positions"

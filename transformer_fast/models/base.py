@@ -200,10 +200,11 @@ class Model(nn.Module):
 
     def _check_cache(self, name: str, layout: TokenLayout, cache: KVCache | PagedBatch, stack: Stack) -> None:
         """A cache is one of this model, and padded where windows and relative places, which go by column, allow it."""
-        if cache.layers != stack.cache_shapes or cache.dtype != self.dtype:
+        dtype = stack.embeddings.tokens.weight.dtype  # a tenth of the time of self.dtype, which is a matter here
+        if cache.layers != stack.cache_shapes or cache.dtype != dtype:
             raise ValueError(
                 f"past_key_values holds {len(cache.layers)} layers like {cache.layers[0]} in {cache.dtype}; "
-                f"allowed: {len(stack.cache_shapes)} like {stack.cache_shapes[0]} in {self.dtype}, as this model makes"
+                f"allowed: {len(stack.cache_shapes)} like {stack.cache_shapes[0]} in {dtype}, as this model makes"
             )
         by_column = cache.is_empty and not cache.by_token
         places = self.config.sliding_window is not None or self.config.positions == "relative"

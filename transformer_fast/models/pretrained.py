@@ -62,7 +62,6 @@ def from_pretrained(
     model.tie()
     if dtype is None:  # one dtype, where the file has several: the widest
         model.to(functools.reduce(torch.promote_types, (p.dtype for p in model.parameters())))
-        model.tie()
     model.generation_defaults = _generation_defaults(folder, values)
     model.set_backend(backend)
     return model.eval()

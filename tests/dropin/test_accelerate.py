@@ -21,7 +21,8 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.functional import scaled_dot_product_attention as imported_before
 from torch.utils.checkpoint import checkpoint
 
-from transformer_fast.dropin import accelerate
+from transformer_fast import accelerate
+from transformer_fast.dropin import accelerate as module
 from transformer_fast.dropin.aten import FlashForCuda
 from transformer_fast.dropin.report import Report
 from transformer_fast.testing import judge
@@ -364,6 +365,29 @@ def test_cuda_operator_passes_on_what_it_cannot() -> None:
     assert ours.backward(None, *tensors, *rest, scale=2.0)[1:] == (*tensors, *rest, 2.0)
 
 
+def test_cuda_implementation_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By PyTorch's registry, beside those that it has; with a stand-in for the operators, which a GPU would need."""
+    registry = pytest.importorskip("torch.nn.attention._registry")
+    removed: list[str] = []
+    install = module._install_flash
+
+    class Library:
+        def _destroy(self) -> None:
+            removed.append("ours")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(module, "_install_flash", lambda kind, key: Library() if key == "CUDA" else install(kind, key))
+    monkeypatch.setattr(registry, "_FLASH_ATTENTION_IMPLS", dict(registry._FLASH_ATTENTION_IMPLS))
+    registry.register_flash_attention_impl("theirs", register_fn=Library)
+    with accelerate():
+        assert registry.current_flash_attention_impl() == "transformer_fast" and module._takes_cuda
+    assert registry.current_flash_attention_impl() is None and removed == ["ours"] and not module._takes_cuda
+    with accelerate():
+        registry._FLASH_ATTENTION_ACTIVE = ("theirs", None)
+    assert registry.current_flash_attention_impl() == "theirs"
+    registry._FLASH_ATTENTION_ACTIVE = None
+
+
 def refused(*args: Any, **kwargs: Any) -> Any:
     raise AssertionError("PyTorch's kernel was called")
 
@@ -525,6 +549,14 @@ def test_call_and_restore() -> None:
     handle.restore()
     assert not is_active()
     handle.restore()  # a second time does nothing
+
+
+def test_entered_again() -> None:
+    handle = accelerate()
+    handle.restore()
+    with handle:
+        assert is_active()
+    assert not is_active()
 
 
 def test_nesting_in_any_order() -> None:

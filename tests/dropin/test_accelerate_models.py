@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from transformer_fast.dropin import accelerate
+from transformer_fast import accelerate
 
 transformers = pytest.importorskip("transformers")
 

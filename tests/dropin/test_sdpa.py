@@ -61,6 +61,15 @@ def test_memory_order(name: str) -> None:
         assert found.stride() == due.stride()
 
 
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_one_tensor_of_other_strides(name: str) -> None:
+    """A last dimension that is not contiguous, of one tensor alone."""
+    tensors = Call().tensors(torch.float32)
+    due = sdpa(**tensors)
+    tensors[name] = tensors[name].mT.contiguous().mT
+    assert torch.equal(sdpa(**tensors), due)
+
+
 @pytest.mark.parametrize("shape", [(2, 4, 0, 16), (0, 4, 9, 16), (2, 0, 9, 16)], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 def test_nothing_to_do(shape: tuple[int, ...], causal: bool) -> None:

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from dropin.sdpa_calls import BUILTIN, DTYPES, doubled, units_of
 from torch import Tensor
 
-from transformer_fast import UnsupportedError
-from transformer_fast.dropin import accelerate
+from transformer_fast import UnsupportedError, accelerate
 from transformer_fast.dropin import scaled_dot_product_attention as sdpa
 from transformer_fast.dropin.sdpa import attend
 from transformer_fast.testing import judge

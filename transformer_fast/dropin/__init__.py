@@ -8,12 +8,11 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-#: Where each public name lives.
+#: Where each public name lives. (``accelerate`` here is the module; the function is ``transformer_fast.accelerate``.)
 _HOMES = {
     "MultiheadAttention": "torch_nn",
     "TransformerDecoderLayer": "torch_nn",
     "TransformerEncoderLayer": "torch_nn",
-    "accelerate": "accelerate",
     "flex_attention": "flex",
     "memory_efficient_attention": "xformers",
     "replace_modules": "torch_nn",

@@ -63,6 +63,10 @@ class Accelerated:
         return self._recorder.report()
 
     def __enter__(self) -> Accelerated:
+        with _lock:
+            if self not in _active:  # it was restored before
+                _active.append(self)
+                _settle()
         return self
 
     def __exit__(
@@ -128,6 +132,7 @@ _thread = threading.local()
 # Read at every call, so plain globals: those of the innermost that is active.
 _backend = "auto"
 _missing: str | None = None  # why the CPU has no kernels
+_takes_cuda = False
 _recorders: tuple[Recorder, ...] = ()
 
 
@@ -165,7 +170,8 @@ def _why_not(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> str | None
     if query.is_nested or key.is_nested:
         return "nested tensors"
     if not query.is_cpu:
-        return f"tensors on {query.device.type}: there PyTorch's choice of flash attention is ours"
+        flash = ": PyTorch chooses the kernel, and its flash attention is ours" if query.is_cuda and _takes_cuda else ""
+        return f"tensors on {query.device.type}{flash}"
     if query.dtype not in _KERNEL_DTYPES and _backend == "auto":
         return f"{str(query.dtype).removeprefix('torch.')}: the kernels compute float32, bfloat16 and float16"
     if _missing is not None:
@@ -359,18 +365,29 @@ def _patch_flash() -> list[Callable[[], None]]:
     from torch.nn import attention as registry
 
     if torch.cuda.is_available() and hasattr(registry, "register_flash_attention_impl"):
-        before = registry.current_flash_attention_impl()
-        registry.register_flash_attention_impl(
-            IMPLEMENTATION, register_fn=lambda: _FlashHandle(_install_flash(FlashForCuda, "CUDA"))
-        )
-        registry.activate_flash_attention_impl(IMPLEMENTATION)
+        undo.append(_activate_for_cuda(registry))
+    return undo
 
-        def back() -> None:
-            registry.restore_flash_attention_impl()
-            if before is not None:
-                registry.activate_flash_attention_impl(before)
 
-        undo.append(back)
+def _activate_for_cuda(registry: Any) -> Callable[[], None]:
+    """By PyTorch's registry, so that it and whoever asks it know which implementation is in force."""
+    global _takes_cuda
+    before = registry.current_flash_attention_impl()
+    registry.register_flash_attention_impl(
+        IMPLEMENTATION, register_fn=lambda: _FlashHandle(_install_flash(FlashForCuda, "CUDA"))
+    )
+    registry.activate_flash_attention_impl(IMPLEMENTATION)
+    _takes_cuda = True
+
+    def undo() -> None:
+        global _takes_cuda
+        _takes_cuda = False
+        if registry.current_flash_attention_impl() != IMPLEMENTATION:  # somebody activated theirs, which removed ours
+            return
+        registry.restore_flash_attention_impl()
+        if before is not None:
+            registry.activate_flash_attention_impl(before)
+
     return undo
 
 

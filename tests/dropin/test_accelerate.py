@@ -585,15 +585,44 @@ def test_innermost_options_hold() -> None:
 
 
 def test_a_name_patched_by_others_stays_theirs() -> None:
+    """Theirs calls ours, which passes on to PyTorch's, or takes the call again while active again."""
     handle = accelerate()
     ours = F.scaled_dot_product_attention
     theirs = partial(ours)
     F.scaled_dot_product_attention = theirs
+    query = torch.randn(1, 2, 3, 4)
     try:
         handle.restore()
         assert F.scaled_dot_product_attention is theirs
-        query = torch.randn(1, 2, 3, 4)
         assert torch.equal(by_name(query, query, query), BUILTIN(query, query, query))
+        with accelerate(explain=True) as again:
+            by_name(query, query, query)
+            by_name(query.double(), query.double(), query.double())
+        assert taken_of(again.report()) == [True, False]
+        assert F.scaled_dot_product_attention is theirs
+    finally:
+        F.scaled_dot_product_attention = ours
+    with accelerate(explain=True) as again:
+        by_name(query, query, query)
+    assert taken_of(again.report()) == [True]
+    assert F.scaled_dot_product_attention is BUILTIN
+
+
+def test_over_a_name_patched_by_others() -> None:
+    """What is not taken goes to theirs, and so it is again afterwards."""
+    seen: list[torch.dtype] = []
+
+    def theirs(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(query.dtype)
+        return BUILTIN(query, *args, **kwargs)
+
+    F.scaled_dot_product_attention = theirs
+    query = torch.randn(1, 2, 3, 4)
+    try:
+        with accelerate():
+            by_name(query, query, query)
+            by_name(query.double(), query.double(), query.double())
+        assert seen == [torch.float64] and F.scaled_dot_product_attention is theirs
     finally:
         F.scaled_dot_product_attention = BUILTIN
 

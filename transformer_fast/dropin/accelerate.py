@@ -263,19 +263,24 @@ def scaled_dot_product_attention(
 
 
 _previous: Callable[..., Tensor] = _BUILTIN  # what stood under the name before
+_is_buried = False  # somebody put theirs over ours and calls it, active or not
 
 
 def _patch_name() -> list[Callable[[], None]]:
     global _previous
     functional = torch.nn.functional
-    _previous = before = getattr(functional, _SDPA)
-    setattr(functional, _SDPA, scaled_dot_product_attention)
+    standing = getattr(functional, _SDPA)
+    if standing is _BUILTIN or not (_is_buried or standing is scaled_dot_product_attention):
+        _previous = standing
+        setattr(functional, _SDPA, scaled_dot_product_attention)
     # torch.jit.script, which would compile our Python, knows functions by their identity.
     torch.jit._builtins._register_builtin(scaled_dot_product_attention, f"aten::{_SDPA}")
 
     def undo() -> None:
-        if getattr(functional, _SDPA) is scaled_dot_product_attention:  # else somebody put theirs over it
-            setattr(functional, _SDPA, before)
+        global _is_buried
+        _is_buried = getattr(functional, _SDPA) is not scaled_dot_product_attention
+        if not _is_buried:
+            setattr(functional, _SDPA, _previous)
 
     return [undo]
 

@@ -21,7 +21,18 @@ from torch import Tensor
 from ..attention import attention, attention_varlen
 from .attn_probs import attention_varlen_with_probs, attention_with_probs, block_size
 from .kvcache import flash_attn_with_kvcache
-from .options import OPEN, PACKED, PAGES, arguments_of, head_first, integer_of, takes_gradient, with_contiguous_rows
+from .options import (
+    OPEN,
+    PACKED,
+    PAGES,
+    arguments_of,
+    head_first,
+    integer_of,
+    softcap_of,
+    takes_gradient,
+    window_of,
+    with_contiguous_rows,
+)
 from .paged_varlen import attention_varlen_paged, packed_keys
 
 __all__ = [
@@ -87,8 +98,23 @@ def flash_attn_func(
     Raises:
         ValueError, TypeError: as :func:`transformer_fast.attention`; and for dropout with softcap.
     """
-    arguments = arguments_of(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    return _padded(head_first(q, "q"), head_first(k, "k"), head_first(v, "v"), return_attn_probs, arguments)
+    query, key, value = head_first(q, "q"), head_first(k, "k"), head_first(v, "v")
+    if return_attn_probs:
+        arguments = arguments_of(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+        return attention_with_probs(query, key, value, arguments)
+    out = attention(  # not by way of a dict, as everywhere else: that is 2 us a call, of 5 that it may take
+        query,
+        key,
+        value,
+        dropout_p=dropout_p,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size if window_size is OPEN else window_of(window_size),
+        softcap=softcap_of(softcap, dropout_p) if softcap else None,
+        alibi_slopes=alibi_slopes,
+        deterministic=deterministic,
+    )
+    return out.transpose(1, 2)  # type: ignore[union-attr]
 
 
 def flash_attn_kvpacked_func(

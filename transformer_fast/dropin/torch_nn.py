@@ -91,7 +91,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         # As in torch.nn: beside a padding mask the keys of _extend are seen, by the hint alone they come too late.
         causal = is_causal and not need_weights and (self._is_plain or key_padding_mask is None)
         masks = _merged(key_padding_mask, None if causal else attn_mask, causal)
-        q, k, v = self._project(query, key, value, batch_first)
+        # (batch, seqlen, num_heads, head_dim) or (seqlen, batch, ...) -> (batch, num_heads, seqlen, head_dim)
+        order = (0, 2, 1, 3) if batch_first else (1, 2, 0, 3)
+        q, k, v = (t.permute(order) for t in self._project(query, key, value))
         k, v, masks = self._extend(k, v, masks)
         dropout_p = self.dropout if self.training else 0.0
         weights = None
@@ -144,30 +146,26 @@ class MultiheadAttention(nn.MultiheadAttention):
             attn_mask = attn_mask.reshape(-1, self.num_heads if attn_mask.dim() == 3 else 1, rows, keys)
         return key_padding_mask, attn_mask
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value of each head, (batch, num_heads, seqlen, head_dim), as views: nothing is transposed."""
-        projected = self._project_rows(query, key, value)
-        order = (0, 2, 1, 3) if batch_first else (1, 2, 0, 3)
-        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)).permute(order) for t in projected)
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value of each head, (..., num_heads, head_dim), as views of one product for each input."""
+        d, weight, bias = self.embed_dim, self.in_proj_weight, self.in_proj_bias
+        if self._qkv_same_embed_dim and query is key and key is value:
+            q, k, v = self._heads(F.linear(query, weight, bias), 3)
+        elif self._qkv_same_embed_dim and key is value:
+            (q,) = self._heads(F.linear(query, weight[:d], None if bias is None else bias[:d]), 1)
+            k, v = self._heads(F.linear(key, weight[d:], None if bias is None else bias[d:]), 2)
+        else:
+            weights = (
+                (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if weight is None else weight.chunk(3)
+            )
+            biases = (None, None, None) if bias is None else bias.chunk(3)
+            parts = zip((query, key, value), weights, biases, strict=True)
+            q, k, v = (self._heads(F.linear(t, w, b), 1)[0] for t, w, b in parts)
         return q, k, v
 
-    def _project_rows(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The input projections, in one product where the inputs are one tensor."""
-        d, weight, bias = self.embed_dim, self.in_proj_weight, self.in_proj_bias
-        if not self._qkv_same_embed_dim:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            biases = (None, None, None) if bias is None else bias.chunk(3)
-            q, k, v = (F.linear(t, w, b) for t, w, b in zip((query, key, value), weights, biases, strict=True))
-        elif query is key and key is value:
-            q, k, v = F.linear(query, weight, bias).chunk(3, dim=-1)
-        elif key is value:
-            q = F.linear(query, weight[:d], None if bias is None else bias[:d])
-            k, v = F.linear(key, weight[d:], None if bias is None else bias[d:]).chunk(2, dim=-1)
-        else:
-            biases = (None, None, None) if bias is None else bias.chunk(3)
-            parts = zip((query, key, value), weight.chunk(3), biases, strict=True)
-            q, k, v = (F.linear(t, w, b) for t, w, b in parts)
-        return q, k, v
+    def _heads(self, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """(..., parts * embed_dim) -> so many (..., num_heads, head_dim)."""
+        return projected.view(*projected.shape[:-1], parts, self.num_heads, self.head_dim).unbind(-3)
 
     def _extend(self, k: Tensor, v: Tensor, masks: _Masks) -> tuple[Tensor, Tensor, _Masks]:
         """Keys beside those given: the learnt one of ``add_bias_kv``, then the zero of ``add_zero_attn``."""
@@ -193,8 +191,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise ValueError("one of query, key and value is not a nested tensor; allowed: all or none")
         packed = {id(t): _packed(t) for t in (query, key, value)}  # what is one tensor stays one
         (rows, cu_q, max_q), (keys, cu_k, max_k), (values, _, _) = (packed[id(t)] for t in (query, key, value))
-        # (total, embed_dim) -> (total, num_heads, head_dim)
-        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in self._project_rows(rows, keys, values))
+        q, k, v = self._project(rows, keys, values)  # (total, num_heads, head_dim)
         dropout_p = self.dropout if self.training else 0.0
         out = attention_varlen(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p=dropout_p)
         return _nested_like(query, self.out_proj(out.flatten(1)))  # type: ignore[union-attr]
@@ -235,7 +232,7 @@ def _merged(padding: Tensor | None, mask: Tensor | None, causal: bool) -> _Masks
         keep = ~padding
     elif padding is not None:
         keep = padding != MINUS_INF  # so that the keys it hides are not even visited
-        bias = None if _only_hides(padding) else padding[:, None, None]
+        bias = None if _only_hides(padding, keep) else padding[:, None, None]
     if mask is not None and mask.dtype == torch.bool:
         bias = ~mask if bias is None else bias.masked_fill(mask, MINUS_INF)
     elif mask is not None:
@@ -243,11 +240,11 @@ def _merged(padding: Tensor | None, mask: Tensor | None, causal: bool) -> _Masks
     return _Masks(keep, bias, causal)
 
 
-def _only_hides(padding: Tensor) -> bool:
-    """Is a float mask known to hold nothing but 0 and -inf, as ``nn.TransformerEncoder`` makes it of a bool one?
+def _only_hides(padding: Tensor, keep: Tensor) -> bool:
+    """Does a float mask, which is -inf where not ``keep``, hold but 0 elsewhere?
 
-    A bias costs the kernel more than this look at it, but only where looking is free: not of
-    a tensor on a device, nor of one that is traced or transformed.
+    ``nn.TransformerEncoder`` makes such masks of bool ones. A bias costs the kernel more than this look, which is taken where it is free: not at a tensor on a device, nor at
+    one that is traced or transformed.
     """
     known = (
         type(padding) is Tensor
@@ -258,7 +255,7 @@ def _only_hides(padding: Tensor) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
     )
-    return known and bool(((padding == 0) | (padding == MINUS_INF)).all())
+    return known and torch.equal(padding == 0, keep)
 
 
 def _padded(masks: _Masks) -> _Masks:

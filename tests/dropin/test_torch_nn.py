@@ -645,7 +645,8 @@ WRONG: dict[str, tuple[tuple[Tensor, ...], dict[str, Any], type[Exception], str]
     "mask_int": ((X, X, X), dict(attn_mask=torch.zeros(9, 9).byte()), TypeError, "attn_mask has dtype uint8"),
     "causal": ((X, X, X), dict(is_causal=True), ValueError, "is_causal is True and attn_mask None"),
     "nested": (
-        (torch.nested.as_nested_tensor([XB, XB], layout=torch.jagged), X, X), dict(need_weights=False), ValueError, "allowed: all or none",
+        (torch.nested.as_nested_tensor([XB, XB], layout=torch.jagged), X, X), dict(need_weights=False), ValueError,
+        "allowed: all or none",
     ),
 }  # fmt: skip
 

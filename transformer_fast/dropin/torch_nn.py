@@ -243,8 +243,8 @@ def _merged(padding: Tensor | None, mask: Tensor | None, causal: bool) -> _Masks
 def _only_hides(padding: Tensor, keep: Tensor) -> bool:
     """Does a float mask, which is -inf where not ``keep``, hold but 0 elsewhere?
 
-    ``nn.TransformerEncoder`` makes such masks of bool ones. A bias costs the kernel more than this look, which is taken where it is free: not at a tensor on a device, nor at
-    one that is traced or transformed.
+    ``nn.TransformerEncoder`` makes such masks of bool ones. A bias costs the kernel more than this look, which is
+    taken where it waits for nothing: not at a tensor on a device, nor at one that is traced or transformed.
     """
     known = (
         type(padding) is Tensor

@@ -86,9 +86,11 @@ def _unit(size: int, query: Tensor) -> Tensor:
 def _twice(
     attend: Callable[..., Any], state: Tensor, query: Tensor, arguments: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """What ``attend`` returns without dropout, and with that which ``state`` leads to; no random state is moved on."""
-    devices = [query.device] if query.is_cuda else []
-    with torch.no_grad(), torch.autocast(query.device.type, enabled=False), torch.random.fork_rng(devices):
+    """What ``attend`` returns without dropout, and with that which ``state`` leads to.
+
+    The random state ends where the call that began with ``state`` has left it: the same numbers are drawn again.
+    """
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         if query.is_cuda:
             torch.cuda.set_rng_state(state, query.device)
         else:

@@ -27,7 +27,7 @@ SANITIZED := build/sanitize
 SANITIZER_LIBS = $(foreach lib,libasan.so libubsan.so libstdc++.so.6,$(shell $(or $(CXX),g++) -print-file-name=$(lib)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format build sanitize mutants cuda-mutants kernels gpu setup native nvcc clean
+.PHONY: help demo test bench lint docs format build sanitize mutants cuda-mutants kernels gpu setup native nvcc clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -88,6 +88,14 @@ lint: $(VENV)/.stamp-dev  ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(if $(CPP_SOURCES),$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES))
+
+$(VENV)/.stamp-docs: $(VENV)/.stamp-dev
+	@echo "[setup] mkdocs-material, into $(VENV)"
+	@$(PIP) mkdocs-material
+	@touch $@
+
+docs: $(VENV)/.stamp-docs  ## the documentation, into build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 format: $(VENV)/.stamp-dev  ## put the sources in the house format
 	$(BIN)/ruff check --fix-only .

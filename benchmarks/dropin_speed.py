@@ -206,12 +206,12 @@ def overheads(repeats: int = 101) -> dict[str, float]:
 
     heads = torch.randn(3, 1, 2, 8, 32)
     query, key, value = heads
-    rows = [part.transpose(1, 2) for part in heads]
+    q, k, v = (part.transpose(1, 2) for part in heads)
     scaled = torch.nn.functional.scaled_dot_product_attention
     steps: dict[str, Callable[[], object]] = {
         "attention": lambda: attention(query, key, value, causal=True),
         "scaled_dot_product_attention": lambda: dropin.scaled_dot_product_attention(query, key, value, is_causal=True),
-        "flash_attn_func": lambda: flash_attn_func(*rows, causal=True),
+        "flash_attn_func": lambda: flash_attn_func(q, k, v, causal=True),
         "PyTorch's SDPA": lambda: scaled(query, key, value, is_causal=True),
     }
     with torch.no_grad():

@@ -170,9 +170,10 @@ def autocast_operands(operands: Operands) -> Operands:
 
 def run(operands: Operands, options: Options, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     """One attention problem from operands and options: the one place where the ways part."""
-    if operands.query is None or operands.key is None or operands.value is None:
+    given: Sequence[Tensor | None] = operands  # whatever the annotations of callers say
+    if given[0] is None or given[1] is None or given[2] is None:
         check(operands, options)  # raises, naming the argument
-    tensors = [t for t in operands if t is not None]
+    tensors = [t for t in given if t is not None]
     traced = _is_traced(operands, options, tensors)
     if traced or torch._C._is_any_autocast_enabled():
         operands = autocast_operands(operands)

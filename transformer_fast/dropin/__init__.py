@@ -16,6 +16,7 @@ _HOMES = {
     "flex_attention": "flex",
     "memory_efficient_attention": "xformers",
     "replace_modules": "torch_nn",
+    "restore_modules": "torch_nn",
     "scaled_dot_product_attention": "sdpa",
     "varlen_attn": "varlen",
 }

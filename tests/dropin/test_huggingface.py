@@ -82,17 +82,19 @@ PLACES = {
     "sliding cache": (5, 8, 9, 6),
     "one token, sliding cache": (1, 4, 9, 6),
     "keys before the queries": (4, 9, 0, 0),
+    "rows past the keys": (5, 8, 6, 0),
 }
 
 
 @pytest.mark.parametrize("function", list(FUNCTIONS))
 @pytest.mark.parametrize("place", list(PLACES))
-@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("side", ["none", "full", "left", "right"])
 def test_each_mask(function: str, place: str, side: str, seed: int) -> None:
     """Each function, where caches put it, with padding: the same keys as transformers' own dense mask shows."""
     q_length, kv_length, q_offset, kv_offset = PLACES[place]
     total = int(q_offset) + q_length
-    padding = None if side == "none" else padding_mask((total, max(total - 2, 1), max(total // 2, 1)), side)
+    lengths = (total, max(total - 2, 1), max(total // 2, 1)) if side != "full" else (total, total, total)
+    padding = None if side == "none" else padding_mask(lengths, side)  # static caches are longer than that
     arguments = dict(batch_size=BATCH, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset)
     arguments |= dict(mask_function=FUNCTIONS[function], attention_mask=padding)
     visible = theirs.sdpa_mask(**arguments, allow_is_causal_skip=False)
@@ -489,6 +491,18 @@ def test_attention_weights_are_given_when_asked_for(case: Case, seed: int) -> No
             rows = keep if mine.shape[1] == keep.shape[1] else keep[:, :0].new_ones(mine.shape[:2])
             assert error_of(mine[rows], other[rows]) < PROMISED  # of padding that sees nothing, theirs are all equal
     assert error_of(ours[0][0], eager[0][0]) < PROMISED  # and the output is still right
+
+
+def test_attention_weights_are_given_to_whoever_collects_them(seed: int) -> None:
+    """A layer need not be told: transformers hooks its output."""
+    from transformers.utils import output_capturing
+
+    given = []
+    for keys in (["attentions"], ["hidden_states", "cross_attentions"], ["hidden_states"], []):
+        token = output_capturing._active_collector.set({key: [] for key in keys})
+        given.append(attention_forward(DECODER, *qkv(5, 5, seed), None)[1] is not None)  # type: ignore[arg-type]
+        output_capturing._active_collector.reset(token)
+    assert given == [True, True, False, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])

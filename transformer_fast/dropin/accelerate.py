@@ -34,6 +34,7 @@ from .sdpa import PLAIN, attend
 _SDPA = "scaled_dot_product_attention"
 _BUILTIN = torch._C._nn.scaled_dot_product_attention
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from PyTorch 2.7 on
+_COMPILERS = "torch._subclasses."  # the module of the tensors that compilers trace with
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Under this name PyTorch's registry of flash attention implementations has ours.
 IMPLEMENTATION = "transformer_fast"
@@ -90,11 +91,14 @@ def accelerate(*, explain: bool = False, backend: str = "auto") -> Accelerated:
     In eager mode and under ``torch.compile``: enter first, then compile or call for the first time. A graph that was
     traced while active keeps our operator; one traced before has PyTorch's flash attention operator answered.
 
-    Left to PyTorch, by themselves: float64, ``torch.func`` transforms, forward-mode derivatives, ``torch.export`` and
-    ``torch.jit`` tracing, nested tensors and tensor subclasses that dispatch for themselves, kernels that the caller
-    chose with ``torch.nn.attention.sdpa_kernel``, and what this machine has no back end for. Gradients are
-    differentiable once. Dropout draws other random numbers than PyTorch's. torch.nn's inference fast path, which
-    bypasses SDPA, is switched off while active.
+    Left to PyTorch: float64, ``torch.func`` transforms, forward-mode derivatives, what ``torch.export`` and
+    ``torch.jit`` make (programs of PyTorch's operators), nested tensors, tensor subclasses that dispatch for
+    themselves, kernels that the caller chose with ``torch.nn.attention.sdpa_kernel``, and what this machine has no
+    back end for. Gradients are differentiable once. Dropout draws other random numbers than PyTorch's. torch.nn's
+    inference fast path, which bypasses SDPA, is switched off while active.
+
+    On CUDA PyTorch chooses the kernel, and its flash attention is ours where it has a registry for that (2.11 on). That
+    part has run on no GPU yet.
 
     All this holds for the whole process, and any thread: enter and restore while no other thread computes attention.
     May be nested: the innermost's options hold, and the last one restored restores PyTorch.
@@ -192,20 +196,18 @@ def _why_not_operator(*tensors: Any) -> str | None:
             return f"{type(tensor).__name__} dispatches for itself"
     if torch.compiler.is_compiling() and _is_exporting():
         return "torch.export: the program stays one of PyTorch's own operators"
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit tracing: the program stays one of PyTorch's own operators"
     return _why_not(*tensors)
 
 
 def _may_dispatch(tensor: Tensor) -> bool:
     """A subclass that adds no dispatch of its own, or one of the compiler's."""
     kind = type(tensor)
-    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__ or kind.__module__.startswith("torch._subclasses.")
+    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__ or kind.__module__.startswith(_COMPILERS)
 
 
 def _record(query: Tensor, key: Tensor, value: Tensor, mask: Any, reason: str | None) -> None:
     if _recorders and not getattr(_thread, "quiet", False):
-        traced = type(query) not in PLAIN and not query.is_nested
+        traced = type(query).__module__.startswith(_COMPILERS)
         for recorder in _recorders:
             recorder.add(query, key, value, mask, reason, traced=traced)
 
@@ -244,7 +246,7 @@ def scaled_dot_product_attention(
         and (attn_mask is None or type(attn_mask) in PLAIN or type(attn_mask).__name__ == "CausalBias")
         and _active
         and torch._C._len_torch_function_stack() == 0
-        and torch._C._get_tracing_state() is None
+        and torch._C._get_tracing_state() is None  # torch.jit.trace notes PyTorch's operator, and then computes by ours
     ):
         reason = _why_not(query, key, value, attn_mask)
         if reason is None:

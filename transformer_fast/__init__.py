@@ -25,11 +25,14 @@ __all__ = [
     "register_with_transformers",
 ]
 
-#: Imported when first used: who only calls attention() does not wait for them.
-_LATER = {"accelerate": ".dropin.accelerate", "register_with_transformers": ".dropin.huggingface"}
+#: Functions and folders that are imported when first used: who only calls attention() does not wait for them.
+_FUNCTIONS = {"accelerate": ".dropin.accelerate", "register_with_transformers": ".dropin.huggingface"}
+_FOLDERS = ("dropin", "flash_attn", "generation", "models", "tasks", "testing")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LATER[name], __name__), name)
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(_FUNCTIONS[name], __name__), name)
+    if name in _FOLDERS:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -58,6 +58,10 @@ def less_like_the_input(tensors: dict[str, Tensor], config: Options) -> None:
             tensors[key] = tensor * 10
         elif any(part in key for part in ("embed_tokens", "tokens_embed", "wte", "shared")):
             tensors[key] = tensor / 4
+        elif "conv2.weight" in key or (
+            "encoder_attn.out_proj.weight" in key and "model.encoder.conv2.weight" in tensors
+        ):
+            tensors[key] = tensor * 5  # what was heard counts: else all sounds have one continuation
 
 
 @pytest.fixture(scope="module")

@@ -199,6 +199,13 @@ def test_call_and_restore() -> None:
     handle.restore()  # a second time does nothing
 
 
+def test_caches_on_disk_are_apart() -> None:
+    """A graph that a compiler has stored while active is not found afterwards, nor the other way round."""
+    before = torch.compiler.config.cache_key_tag
+    with accelerate():
+        assert torch.compiler.config.cache_key_tag == f"{before}+transformer_fast"
+
+
 def test_entered_again() -> None:
     handle = accelerate()
     handle.restore()

@@ -157,7 +157,9 @@ def test_compiled(door: str, name: str) -> None:
     with accelerate(explain=True) as handle:
         results = run(compiled, tensors, dout, **call.options)
     assert_right(results, tensors, dout, **call.options)
-    assert any(site.compiled for site in handle.report())
+    assert [site.compiled for site in handle.report()] == [True]
+    if door == "by_name":  # the code that is compiled, not the one that calls it
+        assert "(by_name)" in handle.report()[0].callers[0]
     assert all(taken_of(handle.report())), str(handle.report())
 
 

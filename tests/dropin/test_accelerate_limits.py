@@ -328,8 +328,8 @@ def test_report() -> None:
 def test_report_of_growing_lengths() -> None:
     with accelerate(explain=True) as handle:
         for length in (7, 5, 9):
-            by_name(torch.randn(2, 4, length, 8), *torch.randn(2, 2, 4, length, 8))
-            by_name(torch.randn(2, 4, 1, 8), *torch.randn(2, 2, 4, length, 8))
+            for rows in (length, 1):
+                by_name(torch.randn(2, 4, rows, 8), *torch.randn(2, 2, 4, length, 8))
     prefill, decode = handle.report()
     assert prefill.shapes == ((2, 4, "5..9", 8),) * 3 and decode.shapes[:2] == ((2, 4, 1, 8), (2, 4, "5..9", 8))
     assert prefill.calls == decode.calls == 3 and "2x4x1x8 2x4x5..9x8" in str(handle.report())

@@ -1,6 +1,7 @@
 """Models of transformers on our attention against the same models on SDPA: the same weights, in turns, as ratios.
 
-``python -m transformer_fast.benchmarks.dropin_speed [--only WORD] [--output FILE.md]``; needs transformers. Each case
+``python -m transformer_fast.benchmarks.dropin_speed [--only WORD] [--dtypes float32] [--output FILE.md]``; needs
+transformers. (Without AVX-512, PyTorch's bfloat16 matrix products take minutes: ask for float32 alone.) Each case
 compares its results with float64 first, by the tolerance rule, and has no speed where they are wrong. Then what a
 drop-in costs a call beyond ``attention()``, on a problem of hardly any work.
 """
@@ -11,7 +12,7 @@ import argparse
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,20 +26,12 @@ from transformer_fast.testing import judge
 from transformer_fast.testing.environment import environment
 
 from .measure import interleaved, ratio
+from .model_speed import SMOLLM2
 
 OURS, THEIRS = "transformer_fast", "sdpa"
 #: Sizes of the models, as transformers' configurations name them.
 BERT: dict[str, Any] = {}  # the base size is its default
-LLAMA: dict[str, Any] = dict(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    tie_word_embeddings=True,
-    max_position_embeddings=8192,
-)
+LLAMA: dict[str, Any] = SMOLLM2
 GPT2: dict[str, Any] = dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
 BOTH = (torch.float32, torch.bfloat16)
 
@@ -162,13 +155,13 @@ def build(case: Case, implementation: str, dtype: torch.dtype, weights: Mapping[
 
 
 @torch.no_grad()
-def run(repeats: int, only: str = "") -> Iterator[Line]:
-    """Each case in its dtypes; AssertionError where our results are wrong."""
+def run(repeats: int, only: str = "", dtypes: Collection[torch.dtype] = BOTH) -> Iterator[Line]:
+    """Each case in those of its dtypes; AssertionError where our results are wrong."""
     transformer_fast.register_with_transformers(OURS)
     for case in cases():
         if only not in case.name:
             continue
-        for dtype in case.dtypes:
+        for dtype in (dtype for dtype in case.dtypes if dtype in dtypes):
             theirs = build(case, THEIRS, dtype)
             ours = build(case, OURS, dtype, theirs.state_dict())
             exact = build(case, "eager", torch.float64, theirs.state_dict())
@@ -227,6 +220,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a Markdown file for the table")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", default="", help="cases whose name has this in it")
+    names = [str(dtype).removeprefix("torch.") for dtype in BOTH]
+    parser.add_argument("--dtypes", nargs="+", choices=names, default=names)
     parser.add_argument("--peak", choices=(OURS, THEIRS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak is not None:
@@ -234,7 +229,7 @@ def main() -> None:
         return
     lines = ["| case | dtype | the model on SDPA, time over ours |", "| --- | --- | --- |"]
     console = Console(width=160)
-    for line in run(options.repeats, options.only):
+    for line in run(options.repeats, options.only, [getattr(torch, name) for name in options.dtypes]):
         lines.append(f"| {line.name} | {line.dtype} | {line.ratio:.2f}x |")
         console.print(lines[-1], highlight=False)
     if not options.only:

@@ -191,6 +191,15 @@ def is_active() -> bool:
     return "AutogradCPU" in torch._C._dispatch_dump("aten::scaled_dot_product_attention")
 
 
+def test_one_handle_entered_twice_ends_with_the_outer_block() -> None:
+    before = pytorch_state()
+    with accelerate() as handle:
+        with handle:
+            pass
+        assert pytorch_state() != before
+    assert pytorch_state() == before
+
+
 def test_call_and_restore() -> None:
     handle = accelerate()
     assert is_active()

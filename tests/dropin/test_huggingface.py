@@ -162,12 +162,12 @@ def test_is_causal_as_argument_wins(module: Any, argument: bool | None, seed: in
 
 
 @pytest.mark.parametrize(("function", "left"), [("causal", 99), ("window", 3)])
-def test_is_causal_false_opens_a_causal_mask(function: str, left: int, seed: int) -> None:
-    """For a decoder that is made an encoder by argument; padding and window stay."""
+def test_a_mask_alone_decides_whatever_is_causal_says(function: str, left: int, seed: int) -> None:
+    """Moonshine's decoder passes False wherever there is a mask."""
     tensors, keep = qkv(11, 11, seed), padding_mask((11, 5, 8), "left")
     mask = interval_mask(BATCH, 11, 11, mask_function=FUNCTIONS[function], attention_mask=keep)
     distance = torch.arange(11)[:, None] - torch.arange(11)
-    visible = (distance.abs() <= left) & keep[:, None, None]
+    visible = (distance >= 0) & (distance <= left) & keep[:, None, None]
     assert_right(run(tensors, mask, is_causal=False), tensors, visible)
 
 

@@ -120,6 +120,11 @@ MODERN_BERT = dict(vocab_size=VOCAB, hidden_size=24, num_hidden_layers=3, num_at
                    local_attention=4, global_attn_every_n_layers=2, pad_token_id=0)  # fmt: skip
 OPT = dict(vocab_size=VOCAB, hidden_size=24, word_embed_proj_dim=24, num_hidden_layers=2, num_attention_heads=3,
            ffn_dim=37, max_position_embeddings=32)  # fmt: skip
+MPT = dict(vocab_size=VOCAB, d_model=24, n_heads=3, n_layers=2, max_seq_len=32, pad_token_id=0)
+BLOOM = dict(vocab_size=VOCAB, hidden_size=24, n_head=3, n_layer=2, pad_token_id=0)
+AIMV2 = dict(vocab_size=VOCAB, hidden_size=24, intermediate_size=37, num_hidden_layers=2, num_attention_heads=3,
+             max_position_embeddings=32, eos_token_id=2, pad_token_id=0)  # fmt: skip
+CANINE = BERT | dict(hidden_size=24, num_attention_heads=3, downsampling_rate=2, local_transformer_stride=8)
 #: Other ways to a mask: chunks, windows on both sides, layers of several kinds; forward only.
 MORE = [
     Case("qwen2", "Qwen2ForCausalLM", "Qwen2Config", LLAMA | dict(use_sliding_window=True, sliding_window=4,
@@ -133,6 +138,14 @@ MORE = [
     Case("opt", "OPTForCausalLM", "OPTConfig", OPT, "decoder", ""),
     Case("modernbert", "ModernBertModel", "ModernBertConfig", MODERN_BERT, "encoder", ""),
     Case("electra", "ElectraModel", "ElectraConfig", BERT, "encoder", ""),
+    # These pass is_causal=False beside a causal mask.
+    Case("aimv2", "Aimv2TextModel", "Aimv2TextConfig", AIMV2, "encoder", ""),
+    # The attention of these does not call the interface, and is the same under any name.
+    Case("mpt", "MptForCausalLM", "MptConfig", MPT, "decoder", ""),
+    Case("bloom", "BloomForCausalLM", "BloomConfig", BLOOM, "decoder", ""),
+    Case("longformer", "LongformerModel", "LongformerConfig", BERT | dict(attention_window=4), "encoder", ""),
+    Case("visual_bert", "VisualBertModel", "VisualBertConfig", BERT | dict(visual_embedding_dim=7), "encoder", ""),
+    Case("canine", "CanineModel", "CanineConfig", CANINE, "encoder", ""),
 ]  # fmt: skip
 
 

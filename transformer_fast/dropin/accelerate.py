@@ -44,7 +44,7 @@ class Accelerated:
     """What :func:`accelerate` returns: undoes it, and reports what it did."""
 
     def __init__(self, recorder: Recorder | None, backend: str) -> None:
-        self._recorder, self._backend = recorder, backend
+        self._recorder, self._backend, self._entered = recorder, backend, 0
 
     def restore(self) -> None:
         """Undo this ``accelerate()``; a second time does nothing. Others that are still active stay so."""
@@ -73,7 +73,9 @@ class Accelerated:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.restore()
+        self._entered -= 1
+        if not self._entered:
+            self.restore()
 
 
 def accelerate(*, explain: bool = False, backend: str = "auto") -> Accelerated:
@@ -95,7 +97,8 @@ def accelerate(*, explain: bool = False, backend: str = "auto") -> Accelerated:
     ``torch.jit`` make (programs of PyTorch's operators), nested tensors, tensor subclasses that dispatch for
     themselves, kernels that the caller chose with ``torch.nn.attention.sdpa_kernel``, and what this machine has no
     back end for. Gradients are differentiable once. Dropout draws other random numbers than PyTorch's. torch.nn's
-    inference fast path, which bypasses SDPA, is switched off while active.
+    inference fast path, which bypasses SDPA, is switched off while active. Under activation checkpointing, restore after
+    backward, which runs forward again.
 
     On CUDA PyTorch chooses the kernel, and its flash attention is ours where it has a registry for that (2.11 on). That
     part has run on no GPU yet.

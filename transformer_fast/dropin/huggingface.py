@@ -109,7 +109,7 @@ def attention_forward(
             what sdpa makes of it: if causal, several rows stand at the first keys and a single one at the last.
         dropout: probability of dropping an attention weight.
         scaling: of the scores; a tensor must broadcast against the query.
-        is_causal: instead of the module's. False also opens an :class:`IntervalMask` to the right.
+        is_causal: instead of the module's, where no mask says it: models pass False beside a causal mask.
         sliding_window: keys that a row sees, itself included, where no mask says it.
         softcap, position_bias, s_aux: ``softcap``, ``bias`` and ``sinks`` of :func:`transformer_fast.attention`.
         kwargs: ``cu_seq_lens_q``, ``cu_seq_lens_k``, ``max_length_q`` and ``max_length_k`` of a packed batch of one;
@@ -217,7 +217,7 @@ def _problem(
     if isinstance(mask, IntervalMask) and (not mask.fits(query, key) or (mask.cu_seqlens is not None and knows_pairs)):
         mask = mask.dense()
     if isinstance(mask, IntervalMask):
-        problem = _with_interval(_Problem(key, value), mask, is_causal)
+        problem = _with_interval(_Problem(key, value), mask)
     elif mask is not None and mask.dim() != 2:
         problem = _with_mask(_Problem(key, value), query, mask)
     else:
@@ -235,10 +235,9 @@ def _problem(
     return problem
 
 
-def _with_interval(problem: _Problem, mask: IntervalMask, is_causal: bool | None) -> _Problem:
-    left, right = mask.window
+def _with_interval(problem: _Problem, mask: IntervalMask) -> _Problem:
     return problem._replace(
-        window=(left, left) if is_causal is False and right == 0 else (left, right),
+        window=mask.window,
         seqlens_k=mask.seqlens_k,
         key_padding_mask=mask.key_padding_mask,
         cu_seqlens=None if mask.cu_seqlens is None else (mask.cu_seqlens, mask.cu_seqlens, *(2 * (mask.max_seqlen,))),

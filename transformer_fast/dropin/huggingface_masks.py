@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -232,6 +233,8 @@ def interval_mask(
     allow_is_bidirectional_skip: bool = False,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    config: Any = None,
     **_: Any,
 ) -> IntervalMask | Tensor:
     """The mask function of transformers' ``AttentionMaskInterface``; its arguments are those of ``sdpa_mask`` there.
@@ -239,9 +242,10 @@ def interval_mask(
     Returns:
         an :class:`IntervalMask`; or, where the function is no interval, or the caller asks for a mask that it can
         compute with, or one row decodes in a compiled graph or a static cache, bool (batch, 1, q_length, kv_length).
-        Never None, which would leave open how queries and keys are aligned.
+        Never None, which would leave open how queries and keys are aligned. For a model whose code does not call the
+        attention interface, the floating mask that its own attention adds to the scores.
     """
-    from transformers.masking_utils import causal_mask_function
+    from transformers.masking_utils import causal_mask_function, eager_mask
 
     if isinstance(attention_mask, IntervalMask):  # generate() made it before the model's forward
         return attention_mask
@@ -261,6 +265,8 @@ def interval_mask(
         use_vmap=use_vmap,
         device=device,
     )
+    if config is not None and not _calls_the_interface(type(config).__module__):
+        return eager_mask(**arguments, dtype=dtype)
     # One row's dense mask is no larger than a padding mask, and a tensor is what compiled graphs take best.
     row = q_length == 1 and (isinstance(q_offset, Tensor) or torch.compiler.is_compiling())
     interval = None if row else recognize(mask_function)
@@ -283,6 +289,17 @@ def interval_mask(
             end = torch.as_tensor(end, dtype=torch.int32, device=device)
             seqlens_k = end.reshape(-1).expand(batch_size)
     return IntervalMask(interval[:2], seqlens_k, padding, None, 0, arguments)
+
+
+@functools.cache
+def _calls_the_interface(configuration: str) -> bool:
+    """Whether a model of transformers, by the module of its configuration, asks the interface for its attention.
+
+    MPT, Longformer, Canine and others take any name for their own eager attention, and its kind of mask.
+    """
+    code = sys.modules.get(configuration.replace(".configuration_", ".modeling_"))
+    is_theirs = configuration.startswith("transformers.models.")
+    return code is None or not is_theirs or hasattr(code, "ALL_ATTENTION_FUNCTIONS")
 
 
 def _key_padding_mask(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:

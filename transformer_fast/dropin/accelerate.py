@@ -65,6 +65,7 @@ class Accelerated:
 
     def __enter__(self) -> Accelerated:
         with _lock:
+            self._entered += 1
             if self not in _active:  # it was restored before
                 _active.append(self)
                 _settle()
@@ -73,9 +74,10 @@ class Accelerated:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._entered -= 1
-        if not self._entered:
-            self.restore()
+        with _lock:
+            self._entered -= 1
+            if not self._entered:
+                self.restore()
 
 
 def accelerate(*, explain: bool = False, backend: str = "auto") -> Accelerated:
@@ -97,8 +99,8 @@ def accelerate(*, explain: bool = False, backend: str = "auto") -> Accelerated:
     ``torch.jit`` make (programs of PyTorch's operators), nested tensors, tensor subclasses that dispatch for
     themselves, kernels that the caller chose with ``torch.nn.attention.sdpa_kernel``, and what this machine has no
     back end for. Gradients are differentiable once. Dropout draws other random numbers than PyTorch's. torch.nn's
-    inference fast path, which bypasses SDPA, is switched off while active. Under activation checkpointing, restore after
-    backward, which runs forward again.
+    inference fast path, which bypasses SDPA, is switched off while active. Under activation checkpointing, restore
+    after backward, which runs forward again.
 
     On CUDA PyTorch chooses the kernel, and its flash attention is ours where it has a registry for that (2.11 on). That
     part has run on no GPU yet.

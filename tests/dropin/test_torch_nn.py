@@ -594,6 +594,36 @@ def test_autocast() -> None:
     assert judge(result, oracle, plain).passed
 
 
+OTHER_MASKS = {"attn_mask": torch.zeros(SQUARE), "key_padding_mask": torch.zeros(BATCH, KEYS)}
+
+
+@pytest.mark.parametrize("need_weights", [False, True], ids=["fast", "weights"])
+@pytest.mark.parametrize("name", OTHER_MASKS)
+def test_dtypes_of_masks(name: str, need_weights: bool) -> None:
+    """One rule with weights and without: bool, float32 or the query's; under autocast any floating one."""
+    for own in (torch.float32, torch.bfloat16, torch.float64):
+        module, x = MultiheadAttention(DIM, HEADS, dtype=own), torch.randn(ROWS, BATCH, DIM, dtype=own)
+        for other in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            mask = {name: OTHER_MASKS[name].to(other)}
+            if other in (own, torch.float32):
+                module(x, x, x, need_weights=need_weights, **mask)
+                continue
+            words = [str(d).removeprefix("torch.") for d in dict.fromkeys((other, torch.bool, torch.float32, own))]
+            with pytest.raises(TypeError, match=f"^{name} has dtype {words[0]}; allowed: {', '.join(words[1:])}$"):
+                module(x, x, x, need_weights=need_weights, **mask)
+            if own != torch.float64:  # which autocast leaves alone
+                with torch.autocast("cpu", torch.bfloat16):
+                    module(x, x, x, need_weights=need_weights, **mask)
+
+
+def test_a_causal_mask_that_is_not_read_may_have_any_floating_dtype() -> None:
+    x, mask = torch.randn(BATCH, ROWS, DIM), nn.Transformer.generate_square_subsequent_mask(ROWS, dtype=torch.float64)
+    theirs = nn.MultiheadAttention(DIM, HEADS, batch_first=True)
+    ours = replace_modules(copy.deepcopy(theirs))
+    results = [m(x, x, x, need_weights=False, attn_mask=mask, is_causal=True)[0] for m in (ours, theirs)]
+    torch.testing.assert_close(*results)
+
+
 def test_vmap_over_a_batch_of_paddings() -> None:
     module = filled(MultiheadAttention(DIM, HEADS, batch_first=True)).eval()
     x, masks = torch.randn(3, BATCH, ROWS, DIM), torch.stack([padding("float"), padding("finite"), torch.zeros(2, 9)])
@@ -636,13 +666,18 @@ WRONG: dict[str, tuple[tuple[Tensor, ...], dict[str, Any], type[Exception], str]
     ),
     "padding_int": (
         (X, X, X), dict(key_padding_mask=torch.zeros(2, 9, dtype=torch.long)), TypeError,
-        "key_padding_mask has dtype int64; allowed: bool or floating",
+        "key_padding_mask has dtype int64; allowed: bool, float32$",
     ),
     "mask": (
         (X, X, X), dict(attn_mask=torch.zeros(4, 9, 9)), ValueError,
         r"attn_mask has shape \(4, 9, 9\); allowed: \(9, 9\) or \(8, 9, 9\)",
     ),
     "mask_int": ((X, X, X), dict(attn_mask=torch.zeros(9, 9).byte()), TypeError, "attn_mask has dtype uint8"),
+    "mask_int_causal": (
+        (X, X, X), dict(attn_mask=torch.zeros(9, 9).byte(), is_causal=True, need_weights=False), TypeError,
+        "attn_mask has dtype uint8; allowed: bool, float32, floating",
+    ),
+    "mask_list": ((X, X, X), dict(attn_mask=[[0.0]]), TypeError, "attn_mask is of type list; allowed: a torch.Tensor"),
     "causal": ((X, X, X), dict(is_causal=True), ValueError, "is_causal is True and attn_mask None"),
     "nested": (
         (torch.nested.as_nested_tensor([XB, XB], layout=torch.jagged), X, X), dict(need_weights=False), ValueError,

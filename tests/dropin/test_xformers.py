@@ -76,6 +76,7 @@ ENDS = [0, 5, 6, 15, 17, 23]
 PACKED = spans(*itertools.pairwise(ENDS))
 SAME = spans((0, 3), (3, 4), (4, 13), (13, 13), (13, 18))
 FEWER = spans((0, 2), (2, 3), (3, 7), (7, 7), (7, 15))
+LACKING = spans((0, 1), (1, 1), (1, 4), (4, 5), (5, 9))  # some queries are past the last key's window
 PADDED = spans((0, 5), (10, 11), (20, 29), (30, 32), (40, 46))
 GAPPY = spans((1, 6), (8, 9), (9, 18), (20, 22), (22, 28))
 PAGE, TABLE = 4, torch.randperm(15, generator=torch.Generator().manual_seed(1)).view(5, 3).int()
@@ -127,6 +128,9 @@ CASES: dict[str, Case] = {
     "BlockDiagonalCausalLocalAttentionMask_more_keys": packed(lambda mask: mask.make_local_attention(3), window(3)),
     "BlockDiagonalCausalLocalAttentionMask_fewer_keys": packed(
         lambda mask: mask.make_local_attention(6), window(6), FEWER
+    ),
+    "BlockDiagonalCausalLocalAttentionMask_rows_without_keys": packed(
+        lambda mask: mask.make_local_attention(2), window(2), LACKING
     ),
     "BlockDiagonalCausalLocalAttentionFromBottomRightMask": packed(
         lambda mask: mask.make_local_attention_from_bottomright(3), window_end(3)
@@ -366,7 +370,10 @@ def test_lse(name: str) -> None:
         assert judge(*three).passed
 
 
-@pytest.mark.parametrize("name", ["BlockDiagonalMask", "BlockDiagonalCausalMask_fewer_keys", "make_paged"])
+@pytest.mark.parametrize("name", [
+    "BlockDiagonalMask", "BlockDiagonalCausalMask_fewer_keys", "make_paged",
+    "BlockDiagonalCausalLocalAttentionMask_rows_without_keys",
+])  # fmt: skip
 def test_lse_of_sequences_in_one_row(name: str) -> None:
     case = CASES[name]
     tensors = drawn(1, sum(case.rows), case.num_keys)
@@ -389,6 +396,14 @@ def test_forward_only() -> None:
     out = xops.memory_efficient_attention_forward(q, k, v, output_dtype=torch.float64)
     assert out.dtype == torch.float64 and not out.requires_grad
     torch.testing.assert_close(out.float(), xops.memory_efficient_attention(q, k, v))
+
+
+def test_a_window_of_a_query_s_own_key() -> None:
+    q, k, v = drawn(1, 7, 4)
+    bias = xops.BlockDiagonalMask.from_seqlens([7], [4]).make_local_attention(1)
+    out, lse = xops.memory_efficient_attention_forward_requires_grad(q, k, v, bias)
+    torch.testing.assert_close(out[:, :4], v)
+    assert not out[:, 4:].any() and (lse[:, :, 4:] == float("-inf")).all() and lse[:, :, :4].isfinite().all()
 
 
 def test_what_a_cache_holds_beside_its_keys_reaches_nothing() -> None:
@@ -547,14 +562,61 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "total": (
         lambda: xops.memory_efficient_attention(X, X, X, xops.BlockDiagonalMask.from_seqlens([4, 4])),
         ValueError,
-        r"cu_seqlens_q\[-1\] is 8; allowed: 9",
+        "attn_bias is for 8 queries and 8 keys in all, query and key have 9 and 9; allowed",
     ),
-    "window": (
+    "total_keys_top_left": (
+        lambda: xops.memory_efficient_attention(X, X, X, xops.BlockDiagonalCausalMask.from_seqlens([4, 5], [4, 9])),
+        ValueError,
+        "attn_bias is for 9 queries and 13 keys in all, query and key have 9 and 9; allowed",
+    ),
+    "total_queries_top_left": (
+        lambda: xops.memory_efficient_attention(X, X, X, xops.BlockDiagonalCausalMask.from_seqlens([3, 3], [4, 5])),
+        ValueError,
+        "attn_bias is for 6 queries and 9 keys in all, query and key have 9 and 9; allowed",
+    ),
+    "total_queries_of_a_cache": (
         lambda: xops.memory_efficient_attention(
-            X, X[:, :5], X[:, :5], xops.BlockDiagonalMask.from_seqlens([9], [5]).make_local_attention(4)
+            X[:, :6], X, X, xops.BlockDiagonalPaddedKeysMask.from_seqlens([1, 3], 5, [3, 4])
         ),
         ValueError,
-        "window of 4 keys for 9 queries and 5 keys; allowed: more than 4",
+        "attn_bias is for 4 queries and 10 keys in all, query and key have 6 and 9; allowed",
+    ),
+    "values": (
+        lambda: xops.memory_efficient_attention(X[:, :4], X[:, :5], X, xops.LowerTriangularMask()),
+        ValueError,
+        "value has seqlen 9; allowed: 5, as the key",
+    ),
+    "bias_keys_top_left": (
+        lambda: xops.memory_efficient_attention(
+            X[:, :4], X, X, xops.LowerTriangularMask().add_bias(torch.zeros(1, HEADS, 4, 7))
+        ),
+        ValueError,
+        r"attn_bias has shape \(1, 4, 4, 7\); allowed: 9 keys, or 1",
+    ),
+    "expanded_heads": (
+        lambda: xops.memory_efficient_attention(X, *[X[:, :, :1].expand(-1, -1, 3, -1)] * 2),
+        ValueError,
+        "key has 3 heads for a query of 4 heads",
+    ),
+    "query_list": (
+        lambda: xops.memory_efficient_attention([1], X, X),  # type: ignore[arg-type]
+        TypeError,
+        "query is of type list; allowed: a torch.Tensor",
+    ),
+    "value_none": (
+        lambda: xops.memory_efficient_attention(X, X, None),  # type: ignore[arg-type]
+        TypeError,
+        "value is of type NoneType; allowed: a torch.Tensor",
+    ),
+    "output_dtype": (
+        lambda: xops.memory_efficient_attention(X, X, X, output_dtype="cpu"),  # type: ignore[arg-type]
+        TypeError,
+        "output_dtype is 'cpu'; allowed: None or a torch.dtype",
+    ),
+    "negative": (
+        lambda: xops.BlockDiagonalMask.from_seqlens([-1, 4]),
+        ValueError,
+        r"seqlens is \[-1, 4\]; allowed: >= 0 each",
     ),
     "dropout": (
         lambda: xops.memory_efficient_attention(X, X, X, PADDED_MASK, p=0.1),

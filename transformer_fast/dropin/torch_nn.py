@@ -87,9 +87,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         batched = query.dim() == 3
         batch_first = self.batch_first or not batched
         query, key, value = _with_batch(query, key, value)
-        key_padding_mask, attn_mask = self._checked(query, key, value, key_padding_mask, attn_mask, batched)
         # As in torch.nn: beside a padding mask the keys of _extend are seen, by the hint alone they come too late.
         causal = is_causal and not need_weights and (self._is_plain or key_padding_mask is None)
+        key_padding_mask, attn_mask = self._checked(query, key, value, key_padding_mask, attn_mask, batched, causal)
         masks = _merged(key_padding_mask, None if causal else attn_mask, causal)
         # (batch, seqlen, num_heads, head_dim) or (seqlen, batch, ...) -> (batch, num_heads, seqlen, head_dim)
         order = (0, 2, 1, 3) if batch_first else (1, 2, 0, 3)
@@ -122,8 +122,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | None,
         batched: bool,
+        causal: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """All shapes are checked; the masks come back as (batch, seqlen_k) and with 4 dimensions, as a bias has."""
+        """All shapes are checked; the masks come back as (batch, seqlen_k) and with 4 dimensions, as a bias has.
+
+        With ``causal`` the ``attn_mask`` is not read, and as in ``torch.nn`` may have any floating dtype.
+        """
         for name, t, features in (
             ("query", query, self.embed_dim),
             ("key", key, self.kdim),
@@ -138,11 +142,15 @@ class MultiheadAttention(nn.MultiheadAttention):
                 "allowed: one batch size, and as many values as keys"
             )
         n, rows, keys = query.shape[batch], query.shape[seqlen], key.shape[seqlen]
+        device, dtype = query.device.type, query.dtype
+        if dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
+            dtype = None  # any: autocast, which leaves float64 alone, casts the mask with the projected query
         if key_padding_mask is not None:
-            _check_mask(key_padding_mask, "key_padding_mask", (n, keys) if batched else (keys,))
+            _check_mask(key_padding_mask, "key_padding_mask", dtype, (n, keys) if batched else (keys,))
             key_padding_mask = key_padding_mask.reshape(n, keys)
         if attn_mask is not None:
-            _check_mask(attn_mask, "attn_mask", (rows, keys), (n * self.num_heads, rows, keys))
+            dtype = None if causal else dtype
+            _check_mask(attn_mask, "attn_mask", dtype, (rows, keys), (n * self.num_heads, rows, keys))
             attn_mask = attn_mask.reshape(-1, self.num_heads if attn_mask.dim() == 3 else 1, rows, keys)
         return key_padding_mask, attn_mask
 
@@ -212,10 +220,14 @@ def _with_batch(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tens
     return first, second, second if value is key else value[None]
 
 
-def _check_mask(mask: Tensor, name: str, *shapes: tuple[int, ...]) -> None:
-    """A mask is bool or floating and has one of the shapes."""
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(f"{name} has dtype {str(mask.dtype).removeprefix('torch.')}; allowed: bool or floating")
+def _check_mask(mask: Tensor, name: str, dtype: torch.dtype | None, *shapes: tuple[int, ...]) -> None:
+    """A mask is bool, float32 or of the dtype, None for any floating one, and has one of the shapes."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} is of type {type(mask).__name__}; allowed: a torch.Tensor")
+    allowed = (torch.bool, torch.float32, dtype)
+    if mask.dtype not in allowed and not (dtype is None and mask.is_floating_point()):
+        names = [str(d).removeprefix("torch.") for d in dict.fromkeys((mask.dtype, *allowed))]
+        raise TypeError(f"{name} has dtype {names[0]}; allowed: {', '.join(names[1:]).replace('None', 'floating')}")
     if all(tuple(mask.shape) != shape for shape in shapes):
         raise ValueError(f"{name} has shape {tuple(mask.shape)}; allowed: {' or '.join(map(str, shapes))}")
 

@@ -12,6 +12,7 @@ import sys
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import attention, attention_varlen
@@ -198,6 +199,11 @@ def _attend(
     """The result and the lse in the caller's shapes."""
     if op is not None:
         raise ValueError(f"op is {op!r}; allowed: None (which kernel runs is chosen here)")
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} is of type {type(t).__name__}; allowed: a torch.Tensor")
+    if not (output_dtype is None or isinstance(output_dtype, torch.dtype)):
+        raise TypeError(f"output_dtype is {output_dtype!r}; allowed: None or a torch.dtype")
     kind = None if attn_bias is None or isinstance(attn_bias, Tensor) else _kind_of(attn_bias)
     bias = attn_bias if isinstance(attn_bias, Tensor) else getattr(attn_bias, "_bias", None)
     shape = query.shape
@@ -211,6 +217,7 @@ def _attend(
                 f"query, key and value have batch {q.shape[0]}, {k.shape[0]} and {v.shape[0]} with "
                 f"{type(attn_bias).__name__}; allowed: 1, all sequences in one row"
             )
+        _check_totals(q, k, attn_bias, kind)
         attend = _packed if kind.keys == "packed" else _cached
         out, lse = attend(q, k, v, attn_bias, kind, **options)
     out = out.reshape(*shape[:-1], value.shape[-1])
@@ -243,6 +250,16 @@ def _window(bias: Any, kind: _Kind | None) -> tuple[int, int]:
     return bias._window_size - 1, 0  # xformers counts the query's own key
 
 
+def _check_totals(q: Tensor, k: Tensor, bias: Any, kind: _Kind) -> None:
+    """The row holds as many queries and keys as the mask counts; a cache may hold more keys."""
+    rows, keys = bias.q_seqinfo.seqstart_py[-1], bias.k_seqinfo.seqstart_py[-1]
+    if q.shape[1] != rows or (kind.keys == "packed" and k.shape[1] != keys):
+        raise ValueError(
+            f"attn_bias is for {rows} queries and {keys} keys in all, query and key have {q.shape[1]} and "
+            f"{k.shape[1]}; allowed: the same totals"
+        )
+
+
 def _with_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(batch, seqlen, num_heads, head_dim) each, without the copies that expanded KV heads are."""
     dims = query.dim()
@@ -252,9 +269,11 @@ def _with_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tens
             f"query, key and value have shapes {shapes}; allowed: (batch, seqlen, num_heads, head_dim) each, or "
             "without heads, or (batch, seqlen, groups, heads, head_dim)"
         )
+    if key.shape[1] != value.shape[1]:
+        raise ValueError(f"value has seqlen {value.shape[1]}; allowed: {key.shape[1]}, as the key")
     if dims == 3:
         return query[:, :, None], key[:, :, None], value[:, :, None]
-    are_one = all(t.shape[-2] == 1 or t.stride(-2) == 0 for t in (key, value))
+    are_one = all(t.shape[-2] == 1 or (t.stride(-2) == 0 and t.shape[-2] == query.shape[-2]) for t in (key, value))
     if dims == 4:
         return (query, key[:, :, :1], value[:, :, :1]) if are_one else (query, key, value)
     if key.shape[2] != query.shape[2] or (not are_one and key.shape[3] != query.shape[3]):
@@ -286,18 +305,19 @@ def _dense(
 ) -> tuple[Tensor, Tensor]:
     """(batch, seqlen_q, num_heads, head_dim_v) and lse (batch, num_heads, seqlen_q)."""
     if kind is not None and kind.top_left:
+        (left, right), rows, keys = window, q.shape[1], k.shape[1]
+        if left >= 0 and rows > keys + left:  # the rows from there on see no key
+            out, lse = _dense(q[:, : keys + left], k, v, window, kind, bias, **options)
+            unseen = rows - keys - left
+            return F.pad(out, (0, 0, 0, 0, 0, unseen)), F.pad(lse, (0, unseen), value=float("-inf"))
+        if bias is not None and bias.shape[-1] not in (1, keys):
+            raise ValueError(f"attn_bias has shape {tuple(bias.shape)}; allowed: {keys} keys, or 1")
         # Positions are counted from the last key: keys that no query reaches are left out; each missing one moves the
         # window by one to the right.
-        rows = q.shape[1]
         k, v = k[:, :rows], v[:, :rows]
         if bias is not None and bias.shape[-1] > rows:
             bias = bias[..., :rows]
-        (left, right), missing = window, rows - k.shape[1]
-        if 0 <= left < missing:
-            raise ValueError(
-                f"attn_bias has a window of {left + 1} keys for {rows} queries and {rows - missing} keys; allowed: "
-                f"more than {missing}, so that each query sees one"
-            )
+        missing = rows - k.shape[1]
         window = (left - missing if left >= 0 else -1, right + missing)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     out, lse = attention(q, k, v, window_size=window, bias=bias, return_lse=True, **options)

@@ -49,6 +49,8 @@ class SeqLenInfo:
     @classmethod
     def from_seqlens(cls, seqlens: Sequence[int], *, device: torch.device | str | None = None) -> SeqLenInfo:
         """Of the sequences' lengths."""
+        if any(n < 0 for n in seqlens):
+            raise ValueError(f"seqlens is {list(seqlens)}; allowed: >= 0 each")
         starts = list(itertools.accumulate(seqlens, initial=0))
         return SeqLenInfo(_int32(starts, device), max(seqlens, default=0), min(seqlens, default=0), starts)
 

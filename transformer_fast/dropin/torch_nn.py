@@ -142,9 +142,10 @@ class MultiheadAttention(nn.MultiheadAttention):
                 "allowed: one batch size, and as many values as keys"
             )
         n, rows, keys = query.shape[batch], query.shape[seqlen], key.shape[seqlen]
-        device, dtype = query.device.type, query.dtype
-        if dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
-            dtype = None  # any: autocast, which leaves float64 alone, casts the mask with the projected query
+        device = query.device.type
+        # Any dtype under autocast, which casts the mask as the projected query; it leaves float64 alone.
+        casts = device != "meta" and torch.is_autocast_enabled(device) and query.dtype != torch.float64
+        dtype = None if casts else query.dtype
         if key_padding_mask is not None:
             _check_mask(key_padding_mask, "key_padding_mask", dtype, (n, keys) if batched else (keys,))
             key_padding_mask = key_padding_mask.reshape(n, keys)

@@ -436,22 +436,35 @@ def check_values(operands: Operands, spec: AttentionSpec) -> None:
             )
     if operands.block_table is not None:
         assert operands.seqlens_k is not None
-        num_pages = operands.key.shape[0]
-        rows = zip(operands.block_table.tolist(), operands.seqlens_k.tolist(), strict=True)
-        for b, (pages, length) in enumerate(rows):
-            for i, page in enumerate(pages[: -(-length // spec.page_size)]):
-                _require(
-                    0 <= page < num_pages, f"block_table[{b}, {i}] is {page}; allowed: 0 to {num_pages - 1} (num_pages)"
-                )
+        check_pages(operands.block_table, operands.seqlens_k, operands.key.shape[0], spec.page_size)
     for side, total, longest in (("q", spec.total_q, spec.seqlen_q), ("k", spec.total_k, spec.seqlen_k)):
         cu = getattr(operands, f"cu_seqlens_{side}")
-        if cu is None:
-            continue
-        name, values = f"cu_seqlens_{side}", cu.tolist()
-        _require(values[0] == 0, f"{name}[0] is {values[0]}; allowed: 0")
-        _require(values[-1] == total, f"{name}[-1] is {values[-1]}; allowed: {total}, the packed length")
-        for b, (begin, end) in enumerate(itertools.pairwise(values)):
+        if cu is not None:
+            check_starts(cu, side, longest, total)
+
+
+def check_pages(block_table: Tensor, seqlens_k: Tensor, num_pages: int, page_size: int) -> None:
+    """Raise ValueError for a page out of range among those that hold a sequence's keys."""
+    rows = zip(block_table.tolist(), seqlens_k.tolist(), strict=True)
+    for b, (pages, length) in enumerate(rows):
+        for i, page in enumerate(pages[: -(-length // page_size)]):
             _require(
-                0 <= end - begin <= longest,
-                f"{name}[{b + 1}] - {name}[{b}] is {end - begin}; allowed: 0 to {longest} (max_seqlen_{side})",
+                0 <= page < num_pages, f"block_table[{b}, {i}] is {page}; allowed: 0 to {num_pages - 1} (num_pages)"
             )
+
+
+def check_starts(cu_seqlens: Tensor, side: str, longest: int, total: int | None = None) -> list[int]:
+    """The entries of ``cu_seqlens_q`` or ``cu_seqlens_k``; ``total`` is None where nothing is packed, as in pages.
+
+    Raises:
+        ValueError: they do not begin with 0, or rise by less than 0 or more than ``longest``, or end elsewhere.
+    """
+    name, values = f"cu_seqlens_{side}", cu_seqlens.tolist()
+    _require(values[0] == 0, f"{name}[0] is {values[0]}; allowed: 0")
+    _require(total in (None, values[-1]), f"{name}[-1] is {values[-1]}; allowed: {total}, the packed length")
+    for b, (begin, end) in enumerate(itertools.pairwise(values)):
+        _require(
+            0 <= end - begin <= longest,
+            f"{name}[{b + 1}] - {name}[{b}] is {end - begin}; allowed: 0 to {longest} (max_seqlen_{side})",
+        )
+    return values  # type: ignore[no-any-return]

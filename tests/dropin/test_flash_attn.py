@@ -12,6 +12,7 @@ from dropin.flash_oracle import assert_right, attend, options_of
 from torch import Tensor
 
 from transformer_fast import attention
+from transformer_fast.dropin import varlen
 from transformer_fast.flash_attn import (
     flash_attn_func,
     flash_attn_interface,
@@ -322,7 +323,7 @@ def test_varlen_paged_gradients() -> None:
     expected_out = flash_attn_varlen_func(*straight, *lengths, causal=True)
     expected = torch.autograd.grad(expected_out.sum(), straight)
     assert torch.equal(out, expected_out) and torch.equal(grads[0], expected[0])
-    gathered = paged_varlen.packed_keys(grads[1], grads[2], lengths[1], table)
+    gathered = paged_varlen.gathered(grads[1], grads[2], lengths[1], table)
     assert torch.equal(gathered[0], expected[1]) and torch.equal(gathered[1], expected[2])
     assert (
         torch.equal(grads[1].sum((0, 1)), grads[1].sum((0, 1)))
@@ -338,8 +339,8 @@ def test_varlen_paged_computes_no_padded_row(monkeypatch: pytest.MonkeyPatch) ->
         shapes.append(tuple(query.shape))
         return attention_paged(query, *rest, **options)
 
-    attention_paged = paged_varlen.attention_paged
-    monkeypatch.setattr(paged_varlen, "attention_paged", watch)
+    attention_paged = varlen.attention_paged
+    monkeypatch.setattr(varlen, "attention_paged", watch)
     lengths = [(30, 40)] + [(1, 20)] * 5
     q, k = torch.randn(35, HEADS, DIM), torch.randn(140, KV_HEADS, DIM)
     k_pages, v_pages, table = in_pages(k, k, [n for _, n in lengths], 8)
@@ -454,10 +455,10 @@ CU = cu_seqlens([2, 3])
         (ValueError, r"cu_seqlens_q\[2\] - ", lambda: flash_attn_varlen_func(*[Q[0]] * 3, CU, CU, 2, 3)),
         (ValueError, r"k has shape .*as block_table", lambda: paged_call(Q[0], CU, CU, pages=Q[0])),
         (ValueError, r"cu_seqlens_q\[-1\] is 5; allowed: 4", lambda: paged_call(Q[0][:4], CU, CU)),
-        (ValueError, r"cu_seqlens_k is .*begin with 0", lambda: paged_call(Q[0], CU, CU + 1)),
+        (ValueError, r"cu_seqlens_k\[0\] is 1; allowed: 0", lambda: paged_call(Q[0], CU, CU + 1)),
         (ValueError, r"cu_seqlens_k\[1\] - .*allowed: 0 to 6", lambda: paged_call(Q[0], CU, cu_seqlens([7, 1]))),
         (ValueError, r"cu_seqlens_k has shape \(2,\)", lambda: paged_call(Q[0], CU, cu_seqlens([4]))),
-        (TypeError, r"cu_seqlens_q is .*int32", lambda: paged_call(Q[0], CU.long(), CU)),
+        (TypeError, r"cu_seqlens_q is of type torch.int64; allowed: an int32", lambda: paged_call(Q[0], CU.long(), CU)),
     ],
 )
 def test_errors_name_the_argument(error: type[Exception], words: str, call: Callable[[], Any]) -> None:
@@ -468,6 +469,53 @@ def test_errors_name_the_argument(error: type[Exception], words: str, call: Call
 def paged_call(q: Tensor, cu_q: Tensor, cu_k: Tensor, pages: Tensor = torch.zeros(4, 4, 2, 8)) -> Any:  # noqa: B008
     table = torch.zeros(2, 2, dtype=torch.int32)
     return flash_attn_varlen_func(q, pages, pages, cu_q, cu_k, 6, 6, block_table=table)
+
+
+def table_of(*pages: int) -> Tensor:
+    return torch.tensor(pages, dtype=torch.int32).view(2, 2)
+
+
+@pytest.mark.parametrize("way", ["plain", "gradient", "dropout"])
+@pytest.mark.parametrize(
+    ("error", "words", "change"),
+    [
+        (ValueError, r"block_table\[1, 1\] is -1; allowed: 0 to 3", dict(block_table=table_of(0, 1, 2, -1))),
+        (ValueError, r"block_table\[0, 0\] is 4; allowed: 0 to 3", dict(block_table=table_of(4, 1, 2, 0))),
+        (TypeError, r"block_table has dtype float32", dict(block_table=torch.zeros(2, 2))),
+        (TypeError, r"block_table has dtype int64", dict(block_table=torch.zeros(2, 2).long())),
+        (ValueError, r"block_table has shape \(4, 2\)", dict(block_table=torch.zeros(4, 2).int())),
+        (ValueError, r"block_table has shape \(2,\)", dict(block_table=torch.zeros(2).int())),
+        (ValueError, r"seqlens_k\[1\] is 5; allowed: 0 to 4", dict(block_table=torch.zeros(2, 1).int())),
+        (ValueError, r"cu_seqlens_k\[0\] is 1; allowed: 0", dict(cu_seqlens_k=CU + 1)),
+        (ValueError, r"cu_seqlens_k\[2\] - .* is -1", dict(cu_seqlens_k=torch.tensor([0, 3, 2]).int())),
+        (ValueError, r"cu_seqlens_k\[1\] - .*allowed: 0 to 6", dict(cu_seqlens_k=cu_seqlens([7, 1]))),
+        (ValueError, r"cu_seqlens_k has shape \(2,\)", dict(cu_seqlens_k=cu_seqlens([4]))),
+        (TypeError, r"cu_seqlens_k is of type list", dict(cu_seqlens_k=[0, 1])),
+        (TypeError, r"max_seqlen_k is 6.0", dict(max_seqlen_k=6.0)),
+        (ValueError, r"v_pages has shape", dict(v=torch.zeros(4, 3, 2, 8))),
+        (ValueError, r"alibi_slopes has shape \(3, 4\)", dict(alibi_slopes=torch.rand(3, 4))),
+    ],
+)  # fmt: skip
+def test_errors_of_pages(error: type[Exception], words: str, change: dict[str, Any], way: str) -> None:
+    """Whichever way the pages are read."""
+    pages = torch.zeros(4, 4, 2, 8)
+    call: dict[str, Any] = dict(
+        q=Q[0].clone().requires_grad_(way == "gradient"), k=pages, v=pages, cu_seqlens_q=CU,
+        cu_seqlens_k=cu_seqlens([2, 5]), max_seqlen_q=6, max_seqlen_k=6, dropout_p=0.1 if way == "dropout" else 0.0,
+        block_table=torch.zeros(2, 2, dtype=torch.int32),
+    )  # fmt: skip
+    flash_attn_varlen_func(**call)
+    with pytest.raises(error, match=words):
+        flash_attn_varlen_func(**call | change)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
+def test_varlen_paged_under_autocast(dtype: torch.dtype) -> None:
+    """The queries take the pages' dtype."""
+    pages, table = torch.randn(4, 4, 2, 8).to(dtype), torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = flash_attn_varlen_func(torch.randn(5, 4, 8), pages, pages, CU, CU, 3, 3, block_table=table)
+    assert out.dtype == dtype
 
 
 _COMMON = "dropout_p=0.0 softmax_scale=None causal=False window_size=(-1,-1) softcap=0.0 alibi_slopes=None"

@@ -99,6 +99,46 @@ def test_undone() -> None:
         assert "flash_attn" in sys.modules and second is not installation
 
 
+def is_installed() -> bool:
+    return "flash_attn" in sys.modules
+
+
+def test_with_inside_with() -> None:
+    with install_as_flash_attn() as outer:
+        with install_as_flash_attn() as inner:
+            assert inner is outer
+        assert is_installed()
+        with outer:
+            assert is_installed()
+        assert is_installed()
+    assert not is_installed()
+
+
+def test_with_after_a_plain_call() -> None:
+    installation = install_as_flash_attn()
+    with install_as_flash_attn():
+        assert is_installed()
+    assert is_installed()
+    installation.restore()
+    assert not is_installed()
+
+
+def test_a_plain_call_inside_with_stays() -> None:
+    with install_as_flash_attn():
+        install_as_flash_attn()
+    assert is_installed()
+    with install_as_flash_attn() as installation:
+        installation.restore()  # at once, whoever else asked for it
+        assert not is_installed()
+
+
+def test_with_of_an_installation_made_before() -> None:
+    installation = install_as_flash_attn()
+    with installation:
+        assert is_installed()
+    assert not is_installed()
+
+
 @pytest.fixture
 def another_flash_attn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An installed package of that name, with a module inside."""

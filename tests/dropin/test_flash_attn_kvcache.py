@@ -321,7 +321,8 @@ def test_errors_name_the_argument(error: type[Exception], words: str, change: di
         (r"cache_batch_idx\[1\] is 7; allowed: 0 to 2", dict(cache_batch_idx=ints(0, 7), cache_leftpad=ints(0, 0))),
         (r"leads to 9 keys", dict(cache_batch_idx=ints(0, 1), cache_leftpad=ints(0, 0), cache_seqlens=ints(2, 9))),
         (r"is 9; allowed: 0 to 8", dict(cache_seqlens=ints(2, 9))),
-        (r"\[1, 0\] is 7; allowed: 0 to 2", dict(cache_batch_idx=ints(0, 7))),
+        (r"cache_batch_idx\[1\] is 7; allowed: 0 to 2", dict(cache_batch_idx=ints(0, 7))),
+        (r"cache_batch_idx\[0\] is -1; allowed: 0 to 2", dict(cache_batch_idx=ints(-1, 1))),
     ],
 )
 def test_errors_of_values(words: str, change: dict[str, Any]) -> None:
@@ -330,10 +331,45 @@ def test_errors_of_values(words: str, change: dict[str, Any]) -> None:
         flash_attn_with_kvcache(**call)
 
 
-@pytest.mark.parametrize("change", [dict(k=torch.zeros(2, 3, 1, 8)), dict(cache_seqlens=ints(1, 6))])
+REFUSED: dict[str, dict[str, Any]] = {
+    "new": dict(k=torch.zeros(2, 3, 1, 8)),
+    "seqlens": dict(cache_seqlens=ints(1, 6)),
+    "alibi_shape": dict(alibi_slopes=torch.rand(3)),
+    "alibi_dtype": dict(alibi_slopes=torch.rand(4).double()),
+    "head_dim": dict(q=torch.zeros(2, 3, 4, 4)),
+    "heads": dict(q=torch.zeros(2, 3, 3, 8)),
+    "dtype": dict(q=torch.zeros(2, 3, 4, 8).bfloat16()),
+    "window": dict(window_size=(-5, 0)),
+    "window_and_rotary": dict(window_size=7, rotary_cos=TABLE, rotary_sin=TABLE),
+    "scale": dict(softmax_scale=math.nan),
+    "causal": dict(causal=1),
+    "softcap": dict(softcap=math.nan),
+    "softcap_type": dict(softcap="a"),
+    "lse": dict(return_softmax_lse=1),
+    "k_list": dict(k=[1]),
+    "no_k_cache": dict(k_cache=None),
+    "k_cache_dim": dict(k_cache=torch.zeros(8, 2, 8)),
+    "shorter_keys": dict(k_cache=torch.zeros(3, 6, 2, 8)),
+    "much_shorter_keys": dict(k_cache=torch.zeros(3, 2, 2, 8)),
+    "longer_keys": dict(k_cache=torch.zeros(3, 9, 2, 8)),
+    "entry_negative": dict(cache_batch_idx=ints(0, -1)),
+    "entry_too_high": dict(cache_batch_idx=ints(0, 3)),
+    "entry_and_padding": dict(cache_batch_idx=ints(0, -1), cache_leftpad=ints(0, 0)),
+    "page_negative": dict(block_table=ints(0, -1).unsqueeze(1)),
+    "page_too_high": dict(block_table=ints(0, 3).unsqueeze(1)),
+    "page_before": dict(block_table=torch.stack([ints(0, 1), ints(-1, 2)]), cache_seqlens=ints(1, 9)),
+    "table_dtype": dict(block_table=torch.zeros(2, 1).long()),
+    "table_dim": dict(block_table=ints(0, 1)),
+    "table_rows": dict(block_table=ints(0, 1, 2).unsqueeze(1)),
+}
+
+
+@pytest.mark.parametrize("change", REFUSED.values(), ids=REFUSED)
 def test_nothing_is_written_after_an_error(change: dict[str, Any]) -> None:
-    call = plain_step() | change
-    call["v"] = call["v"] + 1
-    with pytest.raises(ValueError, match="allowed"):
+    call = plain_step()
+    caches = call["k_cache"], call["v_cache"] = torch.zeros(3, 8, 2, 8), torch.zeros(3, 8, 2, 8)
+    call["k"], call["v"] = call["k"] + 1, call["v"] + 1
+    call |= change
+    with pytest.raises((ValueError, TypeError), match="allowed"):
         flash_attn_with_kvcache(**call)
-    assert call["v_cache"].count_nonzero() == 0
+    assert all(not cache.any() for cache in (*caches, call["k_cache"]) if cache is not None)

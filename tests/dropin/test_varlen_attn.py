@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from transformer_fast.dropin import varlen
 from transformer_fast.dropin.varlen import AuxRequest, varlen_attn
 from transformer_fast.testing import judge
 from transformer_fast.testing.baseline import plain_attention, visible_pairs
@@ -123,6 +124,43 @@ def test_pages(lengths: tuple[tuple[int, int], ...]) -> None:
     assert torch.equal(varlen_attn(query, *pages, cu_q, None, max_q, max_k, **given), result[0])
 
 
+def test_numbers_that_fit_a_batch_but_differ() -> None:
+    """batch * max_q == total_q says nothing of the sequences."""
+    *tensors, cu_q, cu_k, _, max_k = packed(lengths=((2, 5), (8, 5)))
+    used = torch.tensor([3, 4], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"cu_seqlens_q\[2\] - .* is 8; allowed: 0 to 5"):
+        varlen_attn(*tensors, cu_q, cu_k, 5, max_k, seqused_k=used)
+
+
+@pytest.mark.parametrize("slopes", [None, (HEADS,), (5, HEADS)], ids=str)
+@pytest.mark.parametrize("lengths", [LENGTHS, LENGTHS[2:3] * 5, LENGTHS[3:4] * 5], ids=["any", "same", "none"])
+def test_where_lengths_are_not_read(
+    lengths: tuple[tuple[int, int], ...], slopes: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a device, where all are laid in one batch: the same numbers."""
+    query, key, value, cu_q, cu_k, max_q, max_k = packed(lengths=lengths)
+    table = cu_k[:-1, None] + torch.arange(max_k, dtype=torch.int32)
+    alibi = None if slopes is None else torch.rand(slopes)
+
+    def call() -> Any:
+        return varlen.packed_over_pages(
+            query, key[:, None], value[:, None], cu_q, max_q, table, cu_k.diff(), alibi_slopes=alibi, return_lse=True
+        )
+
+    read = call()
+    monkeypatch.setattr(varlen, "_starts", lambda *_: None)
+    monkeypatch.setattr(varlen, "is_readable", lambda _: False)
+    for a, b in zip(call(), read, strict=True):
+        assert a.is_contiguous() and a.shape == b.shape
+        torch.testing.assert_close(a, b)
+
+
+def test_a_device_is_read_where_rows_would_be_computed_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen, "is_readable", lambda _: False)
+    assert varlen._starts(starts([3, 2, 3]), 3, 8) is None
+    assert varlen._starts(starts([30, 1, 1]), 30, 32) == [0, 30, 31, 32]
+
+
 def test_the_form_of_pytorch_2_10() -> None:
     arguments = packed()
     causal = varlen_attn(*arguments, True, AuxRequest(lse=True))
@@ -172,7 +210,17 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "used": (dict(seqused_k=USED[:1]), ValueError, r"seqlens_k has shape \(1,\)"),
     "used_too_many": (dict(seqused_k=USED + 1), ValueError, r"seqused_k\[0\] is 3; allowed: 0 to 2"),
-    "rows": (dict(seqused_k=USED, cu_seq_q=SAME[3][:2]), ValueError, r"cu_seq_q has shape \(2,\); allowed: \(3,\)"),
+    "rows": (dict(seqused_k=USED, cu_seq_q=SAME[3][:2]), ValueError, r"cu_seqlens_k has shape \(3,\); allowed: \(2,\)"),
+    "used_max_q": (dict(seqused_k=USED, max_q=2), ValueError, r"cu_seqlens_q\[2\] - .* is 3; allowed: 0 to 2"),
+    "used_total": (dict(seqused_k=USED, cu_seq_q=starts([2, 2])), ValueError, r"cu_seqlens_q\[-1\] is 4; allowed: 5"),
+    "used_begin": (dict(seqused_k=USED, cu_seq_q=SAME[3] + 1), ValueError, r"cu_seqlens_q\[0\] is 1; allowed: 0"),
+    "used_falls": (
+        dict(seqused_k=USED, cu_seq_q=starts([6, -1]), max_q=6), ValueError, r"cu_seqlens_q\[2\] - .* is -1",
+    ),
+    "used_keys_fall": (dict(seqused_k=USED, cu_seq_k=starts([6, -1])), ValueError, r"cu_seqlens_k\[1\] - .* is 6"),
+    "used_keys_total": (dict(seqused_k=USED, cu_seq_k=starts([2, 30])), ValueError, r"cu_seqlens_k\[-1\] is 32"),
+    "used_int64": (dict(seqused_k=USED, cu_seq_q=SAME[3].long()), TypeError, "cu_seqlens_q is of type torch.int64"),
+    "used_max_type": (dict(seqused_k=USED, max_q=3.0), TypeError, "max_seqlen_q is 3.0"),
     "gradient": (dict(seqused_k=USED, query=SAME[0].clone().requires_grad_()), ValueError, "requires grad"),
     "window": (dict(window_size=(-2, 0)), ValueError, "window_size"),
 }  # fmt: skip

@@ -40,7 +40,13 @@ def unpad_input(
     Returns:
         the packed (total, ...); ``indices`` int64 (total,) of the flattened batch; ``cu_seqlens`` int32 (batch + 1,);
         the longest sequence as an int; ``seqused`` int32 (batch,), the tokens of each sequence.
+
+    Raises:
+        ValueError: a mask is of another shape.
     """
+    _check_mask(hidden_states, attention_mask, "attention_mask")
+    if unused_mask is not None:
+        _check_mask(hidden_states, unused_mask, "unused_mask")
     tokens = attention_mask.bool()
     kept = tokens if unused_mask is None else tokens | unused_mask.bool()
     indices, cu_seqlens, max_seqlen = cu_seqlens_from_mask(kept)
@@ -60,12 +66,26 @@ def unpad_input_for_concatenated_sequences(
     Returns:
         the packed (total, ...); ``indices`` int64 (total,) of the flattened batch; ``cu_seqlens`` int32 (sequences +
         1,); the longest sequence as an int.
+
+    Raises:
+        ValueError: the mask is of another shape, or the sequences of a row are longer than the row.
     """
+    _check_mask(hidden_states, attention_mask_in_length, "attention_mask_in_length")
     rows, seqlen = attention_mask_in_length.sum(-1, keepdim=True), attention_mask_in_length.shape[1]
     indices, _, _ = cu_seqlens_from_mask(torch.arange(seqlen, device=rows.device) < rows)
     lengths = attention_mask_in_length[attention_mask_in_length != 0]
     cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    if int(cu_seqlens[-1]) != indices.shape[0]:
+        raise ValueError(
+            f"attention_mask_in_length has rows of {rows.flatten().tolist()} tokens; allowed: 0 to {seqlen}"
+        )
     return unpad(hidden_states, indices), indices, cu_seqlens, int(lengths.max()) if lengths.numel() else 0
+
+
+def _check_mask(hidden_states: Tensor, mask: Tensor, name: str) -> None:
+    if mask.shape != hidden_states.shape[:2]:
+        shape = tuple(hidden_states.shape[:2])
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}; allowed: {shape}, as hidden_states")
 
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:

@@ -207,9 +207,9 @@ def flash_attn_varlen_func(
     lengths = cu_seqlens_q, cu_seqlens_k, integer_of(max_seqlen_q), integer_of(max_seqlen_k)
     if block_table is not None:
         if dropout_p == 0.0 and not takes_gradient(q, k, v):
-            out, lse = attention_varlen_paged(q, k, v, *lengths, block_table, arguments)
+            out, lse = attention_varlen_paged(q, (k, v), lengths, block_table, arguments)
             return (out, lse, q.new_empty(0)) if return_attn_probs else out
-        k, v = packed_keys(k, v, cu_seqlens_k, block_table)
+        k, v = packed_keys(q, (k, v), lengths, block_table, arguments)
     if not return_attn_probs:
         return attention_varlen(q, k, v, *lengths, **arguments)  # type: ignore[return-value]
     return attention_varlen_with_probs(q, k, v, *lengths, arguments)

@@ -73,10 +73,14 @@ class _Finder(importlib.metadata.DistributionFinder):
 
 
 class Installation:
-    """What :func:`install_as_flash_attn` did. ``restore()`` undoes it; as a context manager it does so at the end."""
+    """What :func:`install_as_flash_attn` did. ``restore()`` undoes it, whoever else asked for it.
+
+    As a context manager it is undone at the end of the outermost ``with``, unless a call without ``with`` asked for it.
+    """
 
     def __init__(self, finder: _Finder, before: dict[str, ModuleType]) -> None:
         self._finder, self._before = finder, before
+        self._calls = self._entered = 0  # calls that no ``with`` has taken over, and ``with``s that are not over
 
     def restore(self) -> None:
         """Take the modules out again and put back what was there; a second time does nothing."""
@@ -91,10 +95,13 @@ class Installation:
         importlib.invalidate_caches()
 
     def __enter__(self) -> Installation:
+        self._calls, self._entered = max(self._calls - 1, 0), self._entered + 1
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.restore()
+        self._entered -= 1
+        if not (self._entered or self._calls):
+            self.restore()
 
 
 _installed: Installation | None = None
@@ -106,7 +113,8 @@ def install_as_flash_attn(*, force: bool = False) -> Installation:
     Answers for ``flash_attn``, its ``flash_attn_interface``, ``bert_padding``, ``layers.rotary``, ``ops.rms_norm`` and
     ``ops.triton.rotary``, for ``importlib.util.find_spec``, and for the version of the distribution ``flash-attn``;
     other modules of flash-attn raise ModuleNotFoundError as if they were not there. Call it before what imports
-    flash_attn or looks for it: transformers looks once, when it is imported.
+    flash_attn or looks for it: transformers looks once, when it is imported. On a CPU transformers 5.17 refuses
+    ``flash_attention_2``, whatever is installed: use :func:`transformer_fast.register_with_transformers` there.
 
     Args:
         force: also where a flash_attn is installed or imported, which is then hidden; who has imported it keeps it.
@@ -119,6 +127,7 @@ def install_as_flash_attn(*, force: bool = False) -> Installation:
     """
     global _installed
     if _installed is not None:
+        _installed._calls += 1
         return _installed
     if not force:
         found = _other_flash_attn()
@@ -135,6 +144,7 @@ def install_as_flash_attn(*, force: bool = False) -> Installation:
         )
     finder = _Finder(specs)
     _installed = Installation(finder, dict(_loaded()))
+    _installed._calls = 1
     for name in _installed._before:
         del sys.modules[name]
     sys.meta_path.insert(0, finder)

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from ..attention import attention, attention_paged
+from ..ops import runner_for
+from ..spec import Operands, check, check_pages, parse_flag
+from ..spec import options_of as parsed
 from .ops.triton.rotary import check_tables, rotate, rows_at
-from .options import OPEN, PADDED, softcap_of, window_of, with_contiguous_rows
+from .options import OPEN, PADDED, PAGES, softcap_of, window_of, with_contiguous_rows
 
 
 class _Step(NamedTuple):
@@ -84,6 +87,10 @@ def flash_attn_with_kvcache(
     """
     if type(num_splits) is not int or num_splits < 0:
         raise ValueError(f"num_splits is {num_splits!r}; allowed: an integer, 0 to let the kernel choose")
+    for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor) and (tensor is not None or tensor is k_cache or tensor is v_cache):
+            raise TypeError(f"{name} is of type {type(tensor).__name__}; allowed: a torch.Tensor {PADDED}")
+    parse_flag(return_softmax_lse, "return_softmax_lse")
     options = {
         "softmax_scale": softmax_scale,
         "causal": causal,
@@ -130,14 +137,14 @@ def _take_step(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor | None, step: _Step, options: dict[str, Any]
 ) -> Any:
     """Writes the new keys, then attends: (batch, num_heads, seqlen_q, head_dim_v), with lse if asked for."""
-    _check_company(q, k_cache, seqlens, step)
+    _check_company(q, k_cache, v_cache, seqlens, step)
     if step.k is not None:
         assert seqlens is not None
         q = _write(q, k_cache, v_cache, seqlens, step, options)
         seqlens = seqlens + step.k.shape[1]
     query, table = q.transpose(1, 2), step.block_table
     if step.cache_batch_idx is not None:
-        if step.cache_leftpad is not None:
+        if step.cache_leftpad is not None and q.shape[0]:
             return _one_by_one(query, k_cache, v_cache, seqlens, step, options)
         table = step.cache_batch_idx.unsqueeze(1)  # each entry of the cache is one page
     if table is not None:
@@ -153,15 +160,53 @@ def _take_step(
     return attention(query, key, value, seqlens_k=seqlens, key_padding_mask=mask, **options)
 
 
-def _check_company(q: Tensor, k_cache: Tensor, seqlens: Tensor | None, step: _Step) -> None:
+def _check_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, step: _Step, options: dict[str, Any]
+) -> None:
+    """Raise for what attention would refuse, before anything is written. Remembered, as attention remembers it."""
+    names = ("causal", "window_size", "softmax_scale", "softcap")
+    choices = parsed(*(options[name] for name in names), 0.0, False, "auto")
+    table = step.block_table
+    if step.cache_batch_idx is not None:
+        table = step.cache_batch_idx.unsqueeze(1)
+    elif table is None:
+        k_cache, v_cache = k_cache[: q.shape[0]], v_cache[: q.shape[0]]
+    operands = Operands(
+        *(t.transpose(1, 2) for t in (q, k_cache, v_cache)),
+        seqlens_k=seqlens,
+        alibi_slopes=options["alibi_slopes"],
+        block_table=table,
+    )
+    if torch.compiler.is_compiling():
+        check(operands, choices)
+    else:
+        runner_for(operands, choices)
+
+
+def _check_entries(cache_batch_idx: Tensor, size: int) -> None:
+    for b, entry in enumerate(cache_batch_idx.tolist()):
+        if not 0 <= entry < size:
+            raise ValueError(f"cache_batch_idx[{b}] is {entry}; allowed: 0 to {size - 1}, the cache")
+
+
+def _check_company(q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor | None, step: _Step) -> None:
     """Raise for arguments that lack what they need, or have what they cannot have, beside them."""
     batch = q.shape[0]
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.dim() != 4:
+            raise ValueError(
+                f"{name} has shape {tuple(cache.shape)}; allowed: {PADDED if step.block_table is None else PAGES}"
+            )
     if step.cache_batch_idx is not None or step.cache_leftpad is not None:
         for name in ("cache_batch_idx", "cache_leftpad"):
             if getattr(step, name) is not None:
                 _check_int32(getattr(step, name), name, batch)
+                if getattr(step, name).device != q.device:
+                    raise ValueError(f"{name} is on device {getattr(step, name).device}; allowed: {q.device}, as q")
                 if step.block_table is not None:
                     raise ValueError(f"{name} is given with block_table; allowed: None, as in flash-attn")
+        if step.cache_batch_idx is not None and (q.device.type == "cpu" or step.cache_leftpad is not None):
+            _check_entries(step.cache_batch_idx, k_cache.shape[0])
     if step.k is not None or step.v is not None:
         if step.k is None or step.v is None:
             raise ValueError(f"{'v' if step.k is None else 'k'} is given alone; allowed: both k and v, or neither")
@@ -187,6 +232,7 @@ def _write(
     _check_new(v, "v", v_cache, q.shape[0])
     if k.shape[1] != v.shape[1]:
         raise ValueError(f"v has seqlen {v.shape[1]}; allowed: {k.shape[1]}, as k")
+    _check_attention(q, k_cache, v_cache, seqlens, step, options)
     places = seqlens.unsqueeze(1) + torch.arange(k.shape[1], device=q.device)  # (batch, seqlen_new), int64
     where = _where(places, k_cache, step)
     if cos is not None:
@@ -222,6 +268,8 @@ def _where(places: Tensor, k_cache: Tensor, step: _Step) -> tuple[Tensor, Tensor
                 f"cache_seqlens puts new keys at {first} to {last}; allowed: 0 to {capacity - 1}, the cache"
             )
     if table is not None:
+        if places.device.type == "cpu" and places.shape[1]:
+            check_pages(table, places[:, -1] + 1, k_cache.shape[0], page_size)
         return table.gather(1, places // page_size).long(), places % page_size
     if step.cache_batch_idx is not None:
         return step.cache_batch_idx.long().unsqueeze(1), places
@@ -243,8 +291,6 @@ def _one_by_one(
     ends = [size] * len(entries) if seqlens is None else seqlens.tolist()
     results: list[Any] = []
     for b, (entry, begin, end) in enumerate(zip(entries, begins, ends, strict=True)):
-        if not 0 <= entry < k_cache.shape[0]:
-            raise ValueError(f"cache_batch_idx[{b}] is {entry}; allowed: 0 to {k_cache.shape[0] - 1}, the cache")
         if not 0 <= end <= size:
             raise ValueError(f"cache_seqlens leads to {end} keys; allowed: 0 to {size}, the cache")
         begin = min(max(begin, 0), end)

@@ -30,8 +30,10 @@ def softcap_of(softcap: float | None, dropout_p: float = 0.0) -> float | None:
     """``softcap`` with None for off.
 
     Raises:
-        ValueError: together with dropout, which flash-attn does not have either.
+        ValueError, TypeError: it is no number, or together with dropout, which flash-attn does not have either.
     """
+    if softcap is not None and not isinstance(softcap, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"softcap is of type {type(softcap).__name__}; allowed: a number, 0 for none")
     if softcap is None or softcap <= 0.0:
         return None
     if dropout_p > 0.0:

@@ -459,7 +459,8 @@ def check_starts(cu_seqlens: Tensor, side: str, longest: int, total: int | None 
     Raises:
         ValueError: they do not begin with 0, or rise by less than 0 or more than ``longest``, or end elsewhere.
     """
-    name, values = f"cu_seqlens_{side}", cu_seqlens.tolist()
+    name = f"cu_seqlens_{side}"
+    values: list[int] = cu_seqlens.tolist()
     _require(values[0] == 0, f"{name}[0] is {values[0]}; allowed: 0")
     _require(total in (None, values[-1]), f"{name}[-1] is {values[-1]}; allowed: {total}, the packed length")
     for b, (begin, end) in enumerate(itertools.pairwise(values)):
@@ -467,4 +468,4 @@ def check_starts(cu_seqlens: Tensor, side: str, longest: int, total: int | None 
             0 <= end - begin <= longest,
             f"{name}[{b + 1}] - {name}[{b}] is {end - begin}; allowed: 0 to {longest} (max_seqlen_{side})",
         )
-    return values  # type: ignore[no-any-return]
+    return values

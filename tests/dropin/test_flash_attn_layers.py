@@ -60,6 +60,35 @@ def test_unpad_rows_of_several_sequences() -> None:
     assert cu.tolist() == [0, 2, 5, 8, 10, 16] and cu.dtype == torch.int32 and longest == 6
 
 
+@pytest.mark.parametrize(
+    ("words", "call"),
+    [
+        (
+            r"attention_mask has shape \(1, 4\); allowed: \(2, 4\)",
+            lambda x: bert_padding.unpad_input(x, torch.ones(1, 4)),
+        ),
+        (r"attention_mask has shape \(2, 4, 1\)", lambda x: bert_padding.unpad_input(x, torch.ones(2, 4, 1))),
+        (
+            r"unused_mask has shape \(1, 4\)",
+            lambda x: bert_padding.unpad_input(x, torch.ones(2, 4), torch.zeros(1, 4)),
+        ),
+        (
+            r"attention_mask_in_length has shape \(1, 4\)",
+            lambda x: bert_padding.unpad_input_for_concatenated_sequences(x, torch.ones(1, 4, dtype=torch.int64)),
+        ),
+        (
+            r"rows of \[5, 1\] tokens; allowed: 0 to 4",
+            lambda x: bert_padding.unpad_input_for_concatenated_sequences(
+                x, torch.tensor([[2, 3, 0, 0], [1, 0, 0, 0]])
+            ),
+        ),
+    ],
+)
+def test_masks_of_another_batch(words: str, call: Callable[[Tensor], Any]) -> None:
+    with pytest.raises(ValueError, match=words):
+        call(torch.zeros(2, 4, 3))
+
+
 def test_indexing_and_its_gradients() -> None:
     rows, indices = torch.randn(5, 3, 2, requires_grad=True), torch.tensor([4, 0, 4])
     taken = bert_padding.index_first_axis(rows, indices)

@@ -219,6 +219,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "used_keys_fall": (dict(seqused_k=USED, cu_seq_k=starts([6, -1])), ValueError, r"cu_seqlens_k\[1\] - .* is 6"),
     "used_keys_total": (dict(seqused_k=USED, cu_seq_k=starts([2, 30])), ValueError, r"cu_seqlens_k\[-1\] is 32"),
+    "used_list": (dict(seqused_k=[2, 3]), TypeError, "seqlens_k is of type list"),
     "used_int64": (dict(seqused_k=USED, cu_seq_q=SAME[3].long()), TypeError, "cu_seqlens_q is of type torch.int64"),
     "used_max_type": (dict(seqused_k=USED, max_q=3.0), TypeError, "max_seqlen_q is 3.0"),
     "gradient": (dict(seqused_k=USED, query=SAME[0].clone().requires_grad_()), ValueError, "requires grad"),

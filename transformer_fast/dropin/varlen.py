@@ -106,7 +106,7 @@ def _check_heads(query: Tensor, key: Tensor, enable_gqa: bool, block_table: Tens
 
 def _check_used(seqused_k: Tensor, cu_seq_k: Tensor, total_k: int) -> None:
     """No sequence uses keys of the next one. Reads both, so only where that waits for nothing."""
-    if seqused_k.shape != cu_seq_k[1:].shape or not is_readable(seqused_k):
+    if not isinstance(seqused_k, Tensor) or seqused_k.shape != cu_seq_k[1:].shape or not is_readable(seqused_k):
         return
     starts = check_starts(cu_seq_k, "k", total_k, total_k)
     for b, (used, begin, end) in enumerate(zip(seqused_k.tolist(), starts, starts[1:], strict=False)):
@@ -148,9 +148,9 @@ def check_packed_over_pages(
     # The queries as a batch without rows, in the pages' dtype, which they take under autocast. Gradients are for those
     # to refuse who cannot give them.
     rows = k_pages.new_empty((cu_seqlens_q.shape[0] - 1, num_heads, 0, head_dim))
-    pages = (t.detach().transpose(1, 2) for t in (k_pages, v_pages))
+    keys, values = k_pages.detach().transpose(1, 2), v_pages.detach().transpose(1, 2)
     parsed = parse_options(**options, max_seqlen_q=max_seqlen_q)
-    check(Operands(rows, *pages, seqlens_k=seqlens_k, alibi_slopes=alibi_slopes, block_table=block_table), parsed)
+    check(Operands(rows, keys, values, seqlens_k=seqlens_k, alibi_slopes=alibi_slopes, block_table=block_table), parsed)
 
 
 def check_places(k_pages: Tensor, block_table: Tensor, seqlens_k: Tensor) -> None:

@@ -171,12 +171,9 @@ def _check_attention(
         table = step.cache_batch_idx.unsqueeze(1)
     elif table is None:
         k_cache, v_cache = k_cache[: q.shape[0]], v_cache[: q.shape[0]]
-    operands = Operands(
-        *(t.transpose(1, 2) for t in (q, k_cache, v_cache)),
-        seqlens_k=seqlens,
-        alibi_slopes=options["alibi_slopes"],
-        block_table=table,
-    )
+    query, key, value = q.transpose(1, 2), k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+    slopes = options["alibi_slopes"]
+    operands = Operands(query, key, value, seqlens_k=seqlens, alibi_slopes=slopes, block_table=table)
     if torch.compiler.is_compiling():
         check(operands, choices)
     else:

@@ -39,12 +39,17 @@ def flex_attention(
 ) -> Any:
     """``torch.nn.attention.flex_attention.flex_attention`` for masks, through :func:`attention`.
 
-    A block mask is read once (:func:`recognize`) and what it says is kept on it, until a tensor or variable that its
-    ``mask_mod`` reads changes. Causal, sliding-window, padding and document masks, and what ``and_masks`` makes of
-    them, run as intervals, in time proportional to visible keys; documents of a batch of more than one are flattened,
-    which copies query, key and value unless they lie in memory as (batch, seqlen, num_heads, head_dim). Any other mask
-    (prefix-LM, masks that differ by head) runs as a dense boolean mask, exactly, with its empty tiles skipped on the
-    CPU. Under ``torch.compile`` a block mask breaks the graph; give what ``recognize`` made of it instead.
+    A block mask is read once (:func:`recognize`) and what it says is kept on it, until something that its ``mask_mod``
+    reads changes; where it reads what cannot be watched (a ``torch.nn.Module``, an array of NumPy, ``getattr``), it is
+    read in each call. A write that PyTorch does not count, by ``t.data.fill_()`` or into the NumPy array behind a
+    tensor, cannot be seen: then use ``recognize()``, or make a new block mask. Its block lists are honoured, which
+    PyTorch's uncompiled ``flex_attention`` ignores.
+
+    Causal, sliding-window, padding and document masks, and what ``and_masks`` makes of them, run as intervals, in time
+    proportional to visible keys; documents of a batch of more than one are flattened, which copies query, key and value
+    unless they lie in memory as (batch, seqlen, num_heads, head_dim). Any other mask (prefix-LM, masks that differ by
+    head) runs as a dense boolean mask, exactly, with its empty tiles skipped on the CPU. Under ``torch.compile`` a
+    block mask breaks the graph; give what ``recognize`` made of it instead.
 
     Args:
         query: (batch, num_heads, seqlen_q, head_dim), any dtype of :func:`attention`.

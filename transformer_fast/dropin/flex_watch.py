@@ -32,6 +32,8 @@ _attributes = operator.attrgetter(
     "full_kv_indices",
 )
 
+_version_and_shape = operator.attrgetter("_version", "shape", "dtype")
+
 _ABSENT = object()
 _TENSORS = (Tensor, torch.nn.Parameter)
 _LEAVES = frozenset(
@@ -75,7 +77,7 @@ class Watch:
         self.parts = list(world.parts.values())
         tensors = [t for t in (*world.tensors.values(), *self.attributes) if isinstance(t, Tensor)]
         self.counted = [t for t in tensors if not t.is_inference()]
-        self.states = [_state(t) for t in self.counted]
+        self.states = _states(self.counted)
         self.copies = [(t, t.clone()) for t in tensors if t.is_inference()]  # these count no versions
 
     def is_unchanged(self, block_mask: Any) -> bool:
@@ -84,17 +86,18 @@ class Watch:
             return False
         try:
             return (
-                [_state(t) for t in self.counted] == self.states
+                _states(self.counted) == self.states
                 and all(map(operator.is_, [read() for read in self.reads], self.values))
-                and all(_are_same(read(), values) for read, values in self.parts)
-                and all(torch.equal(t, copy) for t, copy in self.copies)
+                and (not self.parts or all(_are_same(read(), values) for read, values in self.parts))
+                and (not self.copies or all(torch.equal(t, copy) for t, copy in self.copies))
             )
         except Exception:  # a property may raise anything
             return False
 
 
-def _state(tensor: Tensor) -> Any:
-    return tensor._version, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+def _states(tensors: list[Tensor]) -> Any:
+    """Of each its version, and what ``t.data = other`` changes without counting."""
+    return [*map(_version_and_shape, tensors), *map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors)]
 
 
 def _are_same(now: tuple[Any, ...], then: tuple[Any, ...]) -> bool:

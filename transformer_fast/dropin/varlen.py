@@ -83,7 +83,7 @@ def varlen_attn(
             raise ValueError("cu_seq_k is None without block_table; allowed: an int32 torch.Tensor (batch + 1,)")
         check_cu_seqlens(cu_seq_q, cu_seq_k)
         _check_used(seqused_k, cu_seq_k, key.shape[0])
-        # Every key is a page of one: nothing is copied, nor read on the host, and it costs no time (measured on a CPU).
+        # Every key is a page of one: no key is copied.
         key, value = key[:, None], value[:, None]
         block_table = cu_seq_k[:-1, None] + torch.arange(max_k, dtype=torch.int32, device=cu_seq_k.device)
     return packed_over_pages(query, key, value, cu_seq_q, max_q, block_table, seqused_k, **options)
@@ -246,10 +246,12 @@ def _scattered(
     for length, chosen in groups:
         entries = slice(None) if chosen is None else torch.tensor(chosen, dtype=torch.int64, device=query.device)
         rows = ends[entries] + torch.arange(-length, 0, device=query.device)  # (sequences, length)
-        parts = attend(query[rows.clamp(min=0)], entries)
+        parts = attend(query[rows if chosen is not None else rows.clamp(min=0)], entries)
         if not results:  # with one row more, for what is computed before a sequence's first query
             results = [part.new_full((total_q + 1, *part.shape[2:]), math.nan) for part in parts]
-        rows = torch.where(rows >= begins[entries], rows, total_q).long()
+        if chosen is None:
+            rows = torch.where(rows >= begins, rows, total_q)
+        rows = rows.long()
         for result, part in zip(results, parts, strict=True):
             result[rows] = part
     return results[0][:total_q], results[1][:total_q]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from dropin.promised import PROMISED
 from models.checkpoints_hf import BART, GEMMA2, GPT, LLAMA, T5, VOCAB, WHISPER, Case, build
 from models.inputs_hf import padding_mask
 from torch import Tensor
@@ -64,10 +65,6 @@ def generate(case_id: str, implementation: str, seed: int, **options: Any) -> tu
         **inputs_of(case_id, seed), **options, output_scores=True, return_dict_in_generate=True
     )
     return out.sequences, torch.stack(out.scores)
-
-
-#: Scores of whole models in float32: the figure that the project promises against eager attention.
-PROMISED = 2e-5
 
 
 def assert_same(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:

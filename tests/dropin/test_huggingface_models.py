@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import torch
+from dropin.promised import PROMISED
 from models.checkpoints_hf import (
     BART,
     BERT,
@@ -29,8 +30,6 @@ from transformer_fast.dropin.huggingface import register_with_transformers
 from transformer_fast.testing.tolerance import FACTOR, ULPS
 
 NAME = register_with_transformers()
-#: What the project promises against eager attention in float32: the largest error by the largest magnitude.
-PROMISED = 2e-5
 
 GPT_OSS = LLAMA | dict(num_local_experts=3, num_experts_per_tok=2, intermediate_size=36, sliding_window=4)
 #: Head sizes that no vector divides, groups of 1 to 9 heads, windows below the sequences.

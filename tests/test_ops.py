@@ -30,7 +30,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from transformer_fast import attention, attention_varlen, ops
-from transformer_fast.spec import Operands, Options, parse_options
+from transformer_fast.layout import Order
+from transformer_fast.spec import Operands, Options, UnsupportedError, parse_options
 from transformer_fast.testing import Case, make_problem
 
 
@@ -343,6 +344,74 @@ def test_gradients_come_in_the_order_of_their_inputs() -> None:
     out = attention(*leaves, backend="cpu")
     for leaf, grad in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
         assert grad.stride() == leaf.stride()
+
+
+def in_order(order: Order) -> Callable[..., tuple[Tensor, Tensor]]:
+    """attention() over the road of another order, with views on both sides of it."""
+
+    def function(query: Tensor, key: Tensor, value: Tensor, return_lse: bool = True, **given: Any) -> Any:
+        optional = {name: given.pop(name) for name in Operands._fields if name in given}
+        if order == "bshd":
+            query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        out, lse = ops.run(Operands(query, key, value, **optional), parse_options(**given), return_lse, order)
+        return out.transpose(1, 2), lse
+
+    return function
+
+
+other_orders = pytest.mark.parametrize("order", ["bshd", "bhsd->bshd"])
+#: Everything that backward gives a gradient to.
+ALL_GRADIENTS = replace(VARIANTS["bias"], sinks="finite", lse_gradient=True, head_dim_v=5)
+
+
+@each_backend
+@other_orders
+@pytest.mark.parametrize("road", ["eager", "compiled"])
+def test_another_order_is_the_same_problem(road: str, order: Order, backend: str, seed: int) -> None:
+    problem = make_problem(ALL_GRADIENTS, torch.float32, seed)
+    function = in_order(order)
+    if road == "compiled":
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_same(results_of(function, problem, backend=backend), results_of(attention, problem, backend=backend))
+
+
+@other_orders
+def test_another_order_can_be_differentiated_once(order: Order, seed: int) -> None:
+    """With create_graph gradients take another road, on which no order may be lost; a second derivative is refused."""
+    inputs = make_problem(VARIANTS["sinks"], torch.float32, seed).inputs
+    leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+
+    def gradients(function: Callable[..., Any], create_graph: bool) -> tuple[Tensor, ...]:
+        out = function(**leaves, return_lse=False, backend="cpu")
+        out = out[0] if isinstance(out, tuple) else out
+        return torch.autograd.grad(out.square().sum(), list(leaves.values()), create_graph=create_graph)
+
+    first = gradients(in_order(order), create_graph=True)
+    for grad, wanted in zip(first, gradients(attention, create_graph=False), strict=True):
+        assert torch.equal(grad, wanted)
+    with pytest.raises(UnsupportedError, match="cannot be differentiated twice"):
+        torch.autograd.grad(first[0].sum(), leaves["query"])
+
+
+@other_orders
+@pytest.mark.parametrize("memory", ORDERS)
+def test_an_output_of_rows_first_has_no_gaps(memory: str, order: Order) -> None:
+    """Whoever merges heads copies nothing, whatever the query's memory is."""
+    query, (key, value) = ORDERS[memory](2, 4, 9, 8), torch.randn(2, 2, 2, 12, 8)
+    assert in_order(order)(query, key, value, backend="cpu")[0].transpose(1, 2).is_contiguous()
+
+
+@each_backend
+def test_gradients_are_the_same_without_lse(backend: str, seed: int) -> None:
+    """lse that nobody asked for is kept in another place."""
+    problem = make_problem(VARIANTS["sinks"], torch.float32, seed)
+    found = []
+    for return_lse in (True, False):
+        leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in problem.inputs.items()}
+        out = attention(**leaves, **problem.options, return_lse=return_lse, backend=backend)
+        out = out[0] if isinstance(out, tuple) else out
+        found.append((out, *torch.autograd.grad(out, list(leaves.values()), problem.dout)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_an_output_is_nobody_elses_memory() -> None:

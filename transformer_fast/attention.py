@@ -12,7 +12,7 @@ from .ops import run
 from .spec import Operands, UnsupportedError, make_spec, options_of, parse_flag, parse_options
 
 
-def _four_dims(bias: Any) -> Any:
+def four_dims(bias: Any) -> Any:
     """A bias of fewer dimensions stands for leading ones, as everywhere in broadcasting."""
     if bias is None or not isinstance(bias, Tensor) or bias.dim() >= 4:
         return bias
@@ -78,10 +78,11 @@ def attention(
         ValueError, TypeError: an argument is wrong; the message names it, its value and what is allowed.
         UnsupportedError: the back end asked for by name cannot do the problem.
     """
-    parse_flag(return_lse, "return_lse")
+    if return_lse is not False:
+        parse_flag(return_lse, "return_lse")
     options = options_of(causal, window_size, softmax_scale, softcap, dropout_p, deterministic, backend)
     operands = Operands(
-        query, key, value, None, None, seqlens_k, key_padding_mask, _four_dims(bias), alibi_slopes, sinks, None
+        query, key, value, None, None, seqlens_k, key_padding_mask, four_dims(bias), alibi_slopes, sinks, None
     )
     out, lse = run(operands, options, return_lse)
     return (out, lse) if return_lse else out  # type: ignore[return-value]
@@ -258,7 +259,7 @@ def explain(
         cu_seqlens_k,
         seqlens_k,
         key_padding_mask,
-        _four_dims(bias),
+        four_dims(bias),
         alibi_slopes,
         sinks,
         block_table=block_table,

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor
 
+#: The dimensions of query, key and value, and after an arrow those of the output: "bhsd" is (batch, num_heads, seqlen,
+#: head_dim), which the library has everywhere but where callers have another; packed problems have theirs.
+Order = Literal["bhsd", "bshd", "bhsd->bshd"]
 
-def output_layout(shape: Sequence[int], stride: Sequence[int], head_dim_v: int) -> tuple[tuple[int, ...], ...]:
+
+def exchanged(numbers: Sequence[int]) -> tuple[int, ...]:
+    """Sizes or strides of one order in the other."""
+    return (numbers[0], numbers[2], numbers[1], *numbers[3:])
+
+
+def output_layout(
+    shape: Sequence[int], stride: Sequence[int], head_dim_v: int, order: Order = "bhsd"
+) -> tuple[tuple[int, ...], ...]:
     """Shape and strides of an output in the memory order of the query: a (b, s, h, d) model gets (b, s, h, d) back.
 
     Args:
         shape, stride: of the query, (batch, num_heads, seqlen_q, head_dim) or packed (total_q, num_heads, head_dim).
+        order: where its output is of the other order, that is the order in memory; shape and strides are as ever.
     """
     if len(shape) == 3:
         return (*shape[:2], head_dim_v), (shape[1] * head_dim_v, head_dim_v, 1)
     batch, num_heads, seqlen_q = shape[:3]
     out = (batch, num_heads, seqlen_q, head_dim_v)
     per_batch = num_heads * seqlen_q * head_dim_v
-    if stride[1] < stride[2]:
+    if order != "bhsd" or stride[1] < stride[2]:
         return out, (per_batch, head_dim_v, num_heads * head_dim_v, 1)
     return out, (per_batch, seqlen_q * head_dim_v, head_dim_v, 1)
 

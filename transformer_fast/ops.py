@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state, _is_any_autocast_enabled, _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-from .backends import Results, Runner, select_backend
-from .layout import new_output
+from .backends import Gradients, Results, Runner, select_backend
+from .layout import Order, new_output
 from .spec import Operands, Options, UnsupportedError, check, make_spec
 
 _NUM_OPERANDS, _NUM_OPTIONS = len(Operands._fields), len(Options._fields)
@@ -26,27 +29,49 @@ _runners: dict[tuple[Any, ...], Runner] = {}
 _MAX_RUNNERS = 4096
 
 
-def runner_for(operands: Operands, options: Options) -> Runner:
-    """The back end made ready for a problem; remembered, so that the checks run once per shape and options."""
-    slopes = operands.alibi_slopes
+def runner_for(
+    operands: Operands, options: Options, tensors: Sequence[Tensor] | None = None, order: Order = "bhsd"
+) -> Runner:
+    """The back end made ready for a problem; remembered, so that the checks run once per shape and options.
+
+    Args:
+        tensors: the operands that there are, where the caller knows them.
+        order: of query, key, value and the runner's output.
+    """
+    if tensors is None:
+        tensors = [t for t in operands if t is not None]
+    query, key, value = operands[:3]
     try:
-        key = (
+        problem = (  # in full: a loop over the three takes half a microsecond more, in every call
             options,
-            slopes is not None and slopes.requires_grad and torch.is_grad_enabled(),
-            operands.block_table is not None and _takes_gradient(operands),
-            *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in operands],
+            order,
+            (query.shape, query.stride(), query.dtype, query.device),
+            (key.shape, key.stride(), key.dtype, key.device),
+            (value.shape, value.stride(), value.dtype, value.device),
         )
+        if len(tensors) > 3:
+            problem += _beyond_qkv(operands)
     except RuntimeError:  # a sparse or nested tensor has no strides
-        check(operands, options)
+        check(operands.to_bhsd(order), options)
         raise
-    found = _runners.get(key)
+    found = _runners.get(problem)
     if found is None:
-        spec = make_spec(operands, options)
-        found = select_backend(spec).prepare(spec)
+        spec = make_spec(operands.to_bhsd(order), options)
+        found = select_backend(spec).prepare(spec).in_order(order)
         if len(_runners) >= _MAX_RUNNERS:  # ever-changing shapes must not grow memory without end
             _runners.clear()
-        _runners[key] = found
+        _runners[problem] = found
     return found
+
+
+def _beyond_qkv(operands: Operands) -> tuple[Any, ...]:
+    """What the operands after query, key and value have to do with the choice and the checks."""
+    slopes = operands.alibi_slopes
+    return (
+        slopes is not None and slopes.requires_grad and torch.is_grad_enabled(),
+        operands.block_table is not None and _takes_gradient(operands),
+        *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in operands[3:]],
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- eager
@@ -55,39 +80,53 @@ def runner_for(operands: Operands, options: Options) -> Runner:
 class _Attention(torch.autograd.Function):
     """Gradients in eager mode (an autograd.Function costs a quarter of register_autograd per call).
 
-    Autograd is given the tensors that there are, since each argument costs it time, even None.
+    Autograd is given the tensors that there are, and hands back those that were asked for: it takes time for each
+    argument and result, even None.
     """
 
     @staticmethod
-    def forward(ctx: Any, runner: Runner, operands: Operands, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        results = runner.forward(operands, need_lse=True, need_stats=True)
-        assert results.lse is not None
+    def forward(ctx: Any, call: tuple[Runner, Operands, bool], *tensors: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        runner, operands, need_lse = call
+        results = runner.forward(operands, need_lse=need_lse, need_stats=True)
         ctx.save_for_backward(*tensors, *results)
         ctx.runner = runner
+        if not need_lse:
+            return results.out
+        assert results.lse is not None
         ctx.set_materialize_grads(False)
         return results.out, results.lse
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        spec, saved = ctx.runner.spec, iter(ctx.saved_tensors)
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Any, ...]:
+        runner, spec, saved = ctx.runner, ctx.runner.spec, iter(ctx.saved_tensors)
         operands = Operands(*(None if layout is None else next(saved) for layout in spec.layouts))  # type: ignore[arg-type]
-        results, given = Results(*saved), iter(ctx.needs_input_grad[2:])
+        results, given = Results(*saved), iter(ctx.needs_input_grad[1:])
         needs = [layout is not None and next(given) for layout in spec.layouts]
         if dout is None:
             dout = torch.zeros_like(results.out)
         if torch.is_grad_enabled():  # create_graph=True: whoever differentiates again must hear that it cannot be
-            wanted = (needs[_BIAS], needs[_SINKS])
-            grads = _TransformedBackward.apply(*operands, *spec.options, *results, dout, dlse, *wanted)
+            grads = _differentiable_backward(runner, operands, results, dout, dlse, (needs[_BIAS], needs[_SINKS]))
         else:
             # Asked again: saved-tensor hooks may have given the operands other strides than forward saw.
-            runner = runner_for(operands, spec.options)
+            runner = runner_for(operands, spec.options, order=runner.order)
             grads = runner.backward(operands, results, dout, dlse, dbias=needs[_BIAS], dsinks=needs[_SINKS])
         all_grads = zip(spec.layouts, _by_operand(grads, needs), strict=True)
-        return None, None, *(grad for layout, grad in all_grads if layout is not None)
+        return None, *(grad for layout, grad in all_grads if layout is not None)
 
 
 #: ``_Attention.apply`` without what PyTorch looks for there in each call: transforms, which go through the ops.
 _apply_attention = super(torch.autograd.Function, _Attention).apply
+
+
+def _differentiable_backward(
+    runner: Runner, operands: Operands, results: Results, dout: Tensor, dlse: Tensor | None, wanted: tuple[bool, bool]
+) -> Sequence[Tensor | None]:
+    """Backward by the op, in its order of dimensions."""
+    operands, results = operands.to_bhsd(runner.order), results.with_lse()
+    if runner.order != "bhsd":
+        results, dout = results.transposed(), dout.transpose(1, 2)
+    grads = _TransformedBackward.apply(*operands, *runner.spec.options, *results, dout, dlse, *wanted)
+    return Gradients(*grads).to_order(runner.order)
 
 
 def _by_operand(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -100,28 +139,27 @@ def _by_operand(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[T
 
 def _is_transformed() -> bool:
     """Are we inside torch.func (grad, vmap, ...)? A compiler deals with those itself."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    return not is_compiling() and peek_interpreter_stack() is not None
 
 
-def _is_traced(operands: Operands, options: Options, tensors: Sequence[Any]) -> bool:
+def _is_traced(operands: Operands, options: Options, tensors: Sequence[Any], order: Order) -> bool:
     """Is somebody watching who must see an op: a compiler, a tracer, a mode, a transform, a tensor subclass?
 
     ``tensors`` are the operands that there are.
     """
-    compiling = torch.compiler.is_compiling()
     must_dispatch = (
-        compiling
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
+        is_compiling()
+        or _len_torch_dispatch_stack() > 0
+        or peek_interpreter_stack() is not None
+        or _get_tracing_state() is not None
     )
     for tensor in tensors:
         kind = type(tensor)
         if kind is Tensor or kind is Parameter:
-            must_dispatch |= not compiling and tensor.is_neg()  # memory has the other sign: the dispatcher resolves it
+            must_dispatch = must_dispatch or tensor.is_neg()  # memory has the other sign: the dispatcher resolves it
             continue
         if not isinstance(tensor, Tensor):
-            check(operands, options)  # raises, naming the argument
+            check(operands.to_bhsd(order), options)  # raises, naming the argument
         must_dispatch = True
     return must_dispatch or operands.query.is_meta
 
@@ -168,29 +206,39 @@ def autocast_operands(operands: Operands) -> Operands:
     return operands
 
 
-def run(operands: Operands, options: Options, need_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """One attention problem from operands and options: the one place where the ways part."""
+def run(operands: Operands, options: Options, need_lse: bool, order: Order = "bhsd") -> tuple[Tensor, Tensor | None]:
+    """One attention problem from operands and options: the one place where the ways part.
+
+    ``order`` is that of query, key, value and the output, of a padded batch.
+    """
     given: Sequence[Tensor | None] = operands  # whatever the annotations of callers say
     if given[0] is None or given[1] is None or given[2] is None:
         check(operands, options)  # raises, naming the argument
     tensors = [t for t in given if t is not None]
-    traced = _is_traced(operands, options, tensors)
-    if traced or torch._C._is_any_autocast_enabled():
+    traced = _is_traced(operands, options, tensors, order)
+    if traced or _is_any_autocast_enabled():
         operands = autocast_operands(operands)
     if options.dropout_p > 0.0:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=operands.query.device)
         operands = operands._replace(rng_seed=seed)
     if traced:
-        if not torch.compiler.is_compiling():
+        operands = operands.to_bhsd(order)
+        if not is_compiling():
             select_backend(make_spec(operands, options))  # raises where a call that runs would
         op = _TransformedAttention.apply if _is_transformed() else attention_op
-        return op(*operands, *options)[:2]
-    runner = runner_for(operands, options)
-    if not runner.is_differentiable and forward_ad._current_level >= 0:
-        _refuse_tangents(operands)
-    if not runner.is_differentiable and _takes_gradient(tensors):
-        return _apply_attention(runner, operands, *[t for t in operands if t is not None])
-    return runner.forward(operands, need_lse=need_lse, need_stats=False)[:2]
+        out, lse, _ = op(*operands, *options)
+        return (out if order == "bhsd" else out.transpose(1, 2)), lse
+    if operands is not given:
+        tensors = [t for t in operands if t is not None]
+    runner = runner_for(operands, options, tensors, order)
+    if not runner.is_differentiable:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(operands)
+        if _takes_gradient(tensors):
+            results = _apply_attention((runner, operands, need_lse), *tensors)
+            return results if need_lse else (results, None)
+    out, lse, _ = runner.forward(operands, need_lse=need_lse, need_stats=False)
+    return out, lse
 
 
 # --------------------------------------------------------------------------------------------------- torch.library

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
+from .layout import Order
 from .masks import UNBOUNDED
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda", "emulated")
@@ -45,6 +47,13 @@ class Operands(NamedTuple):
     sinks: Tensor | None = None
     rng_seed: Tensor | None = None
     block_table: Tensor | None = None
+
+    def to_bhsd(self, order: Order) -> Operands:
+        """Those of this order as views in the library's own."""
+        if order != "bshd":
+            return self
+        query, key, value, *others = self
+        return Operands(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), *others)
 
 
 class Options(NamedTuple):
@@ -218,7 +227,7 @@ _remembered_options = functools.lru_cache(maxsize=1024, typed=True)(parse_option
 
 def options_of(*arguments: Any) -> Options:
     """:func:`parse_options`, remembered: the same few choices come again and again."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return parse_options(*arguments)
     try:
         return _remembered_options(*arguments)

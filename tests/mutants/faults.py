@@ -188,7 +188,7 @@ ADAPTER = [
     Fault("adapter: expanded gradient of out taken as it is", _PACKAGE + "backends/gradients.py",
           "if dout.stride(-1) != 1 and dout.shape[-1] > 1:", "if False:", _KERNEL),
     Fault("memory order: heads before rows for everybody", _PACKAGE + "layout.py",
-          "if stride[1] < stride[2]:", "if False:", _OPS),
+          'order != "bhsd" or stride[1] < stride[2]', 'order != "bhsd"', _OPS),
 ]  # fmt: skip
 
 PYTHON = [
@@ -209,7 +209,7 @@ PYTHON = [
     Fault("native: offsets that do not begin at 0 let through", _HOST + "sequences.cpp",
           "require(cu[0] == 0,", "require(true,", _DATA),
     Fault("ops: checks remembered without strides", _PACKAGE + "ops.py",
-          "(t.shape, t.stride(), t.dtype, t.device)", "(t.shape, t.dtype, t.device)", _OPS),
+          "(query.shape, query.stride(), query.dtype, query.device)", "(query.shape, query.dtype, query.device)", _OPS),
     Fault("ops: slopes that require grad remembered as right", _PACKAGE + "ops.py",
           "slopes is not None and slopes.requires_grad and torch.is_grad_enabled(),", "False,",
           _selection("test_arguments", "slopes")),

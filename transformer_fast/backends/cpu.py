@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
-from ..layout import output_layout, row_strides
+from ..layout import Order, exchanged, output_layout, row_strides
 from ..spec import AttentionSpec, Operands
 from .base import Backend, Gradients, Info, Results, Runner
 from .fields import DTYPES, problem_fields
@@ -52,16 +52,30 @@ def _pointer(tensor: Tensor | None) -> int:
 class CpuRunner(Runner):
     """One spec's native plan: everything but the pointers."""
 
-    def __init__(self, spec: AttentionSpec) -> None:
+    def __init__(self, spec: AttentionSpec, order: Order = "bhsd") -> None:
         super().__init__(spec)
-        self.packed = spec.is_packed
+        self.packed, self.order = spec.is_packed, order
+        query = spec.layout("query")
+        assert query is not None
+        shape, stride = output_layout(query.shape, query.stride, spec.head_dim_v, order)
+        self.plan = _C_cpu.Plan(problem_fields(spec, stride))
+        if order != "bhsd":
+            shape, stride = exchanged(shape), exchanged(stride)
+        self.out_shape, self.out_stride = shape, stride
         # Of one number each, spread: `empty_like` of these is quicker than `empty` with the same said in words.
         self.lse_like = torch.empty((), dtype=torch.float32, device=_CPU).expand(spec.lse_shape)
         self.stats_like = self.lse_like.expand(2, *spec.lse_shape)
-        query = spec.layout("query")
-        assert query is not None
-        self.out_shape, self.out_stride = output_layout(query.shape, query.stride, spec.head_dim_v)
-        self.plan = _C_cpu.Plan(problem_fields(spec, self.out_stride))
+        self.both_like = self.lse_like.expand(3, *spec.lse_shape)  # statistics and lse
+        self.lse_offset = 2 * self.lse_like.numel() * self.lse_like.element_size()
+        self.is_plain = all(layout is None for layout in spec.layouts[3:])
+
+    def in_order(self, order: Order) -> Runner:
+        """A kernel knows strides by name, so that views are not needed, which take longer than a small attention."""
+        return self if order == self.order else CpuRunner(self.spec, order)
+
+    def _strides(self, tensor: Tensor, *, rows_first: bool) -> tuple[int, int, int]:
+        stride = tensor.stride()
+        return row_strides(exchanged(stride) if rows_first else stride, self.packed)
 
     def _pointers(self, operands: Operands) -> list[int]:
         pointers = [0 if t is None else t.data_ptr() for t in operands]
@@ -72,17 +86,31 @@ class CpuRunner(Runner):
 
     def forward(self, operands: Operands, *, need_lse: bool, need_stats: bool) -> Results:
         out = operands.query.new_empty_strided(self.out_shape, self.out_stride)
-        lse = torch.empty_like(self.lse_like) if need_lse or need_stats else None
-        stats = torch.empty_like(self.stats_like) if need_stats else None
-        self.plan.forward(
-            *self._pointers(operands), out.data_ptr(), _pointer(lse), _pointer(stats), torch.get_num_threads()
-        )
-        return Results(out, lse, stats)
+        lse, stats, lse_pointer, stats_pointer = None, None, 0, 0
+        if need_lse:
+            lse = torch.empty_like(self.lse_like)
+            lse_pointer = lse.data_ptr()
+        if need_stats:
+            stats = torch.empty_like(self.stats_like if need_lse else self.both_like)
+            stats_pointer = stats.data_ptr()
+            if not need_lse:  # it lies behind the statistics, which spares training an allocation
+                lse_pointer = stats_pointer + self.lse_offset
+        if self.is_plain:  # as mostly; written out, since a list of arguments takes as long as everything else here
+            query, key, value = operands[:3]
+            self.plan.forward(
+                query.data_ptr(), key.data_ptr(), value.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0, 0,
+                out.data_ptr(), lse_pointer, stats_pointer, torch.get_num_threads(),
+            )  # fmt: skip
+        else:
+            pointers = self._pointers(operands)
+            self.plan.forward(*pointers, out.data_ptr(), lse_pointer, stats_pointer, torch.get_num_threads())
+        return tuple.__new__(Results, (out, lse, stats))  # as Results(...), in half the time
 
     def backward(
         self, operands: Operands, results: Results, dout: Tensor, dlse: Tensor | None, *, dbias: bool, dsinks: bool
     ) -> Gradients:
         query, bias, sinks = operands.query, operands.bias, operands.sinks
+        results = results.with_lse()
         out, lse, stats, dout, dlse = backward_inputs(results, dout, dlse, self.out_stride, self.spec.dtype)
         delta = torch.empty_like(lse)
         dquery, dkey, dvalue = (torch.empty_like(t) for t in operands[:3])
@@ -92,7 +120,8 @@ class CpuRunner(Runner):
             *map(_pointer, (out, lse, stats)),
             torch.get_num_threads(),
             *map(_pointer, (dout, dquery, dkey, dvalue, dlse, delta, bias_grad)),
-            *(row_strides(t.stride(), self.packed) for t in (dout, dquery, dkey, dvalue)),
+            self._strides(dout, rows_first=self.order != "bhsd"),
+            *(self._strides(t, rows_first=self.order == "bshd") for t in (dquery, dkey, dvalue)),
         )
         sink_grad = None
         if dsinks and sinks is not None:

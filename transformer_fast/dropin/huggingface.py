@@ -13,15 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..attention import attention, attention_varlen
-from ..spec import BACKENDS, UnsupportedError
+from ..attention import attention_varlen, four_dims
+from ..ops import run
+from ..spec import BACKENDS, Operands, UnsupportedError, options_of
 from .huggingface_masks import IntervalMask, interval_mask
 
 _OPEN = (-1, -1)
 #: Options that would change the result, and that are not known here.
 _REFUSED = ("block_indices", "head_mask", "layer_head_mask")
 #: Options that are rare enough to be looked for at once.
-_SPECIAL = (*_REFUSED, "cu_seq_lens_q", "indices", "output_attentions")
+_SPECIAL = frozenset((*_REFUSED, "cu_seq_lens_q", "indices", "output_attentions"))
 #: Where transformers 5 keeps what hooks are to collect in a forward pass; None until registered.
 _collector: Any = None
 
@@ -128,16 +129,18 @@ def attention_forward(
         query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     if isinstance(scaling, Tensor):
         query, scaling = query * scaling.to(query.dtype), 1.0
-    is_special = bool(kwargs) and any(name in kwargs for name in _SPECIAL)
+    is_special = not _SPECIAL.isdisjoint(kwargs)
     if is_special:
         _refuse(kwargs, "attn_implementation='eager' can do it")
     weights_wanted = _weights_wanted(kwargs)
-    is_plain = not is_special and not weights_wanted and position_bias is None and is_causal is None
-    if is_plain and isinstance(attention_mask, IntervalMask) and attention_mask.is_window(query, key):
+    is_plain = not (is_special or weights_wanted) and position_bias is None
+    if is_causal is None and not isinstance(attention_mask, IntervalMask):
+        is_causal = getattr(module, "is_causal", True)
+    if is_plain and attention_mask is None:  # this and the next are what _problem would say, in less time
+        problem = _without_mask(query, key, value, None, is_causal, sliding_window)
+    elif is_plain and isinstance(attention_mask, IntervalMask) and attention_mask.is_window(query, key):
         problem = _Problem(key, value, attention_mask.window, attention_mask.seqlens_k, attention_mask.key_padding_mask)
     else:
-        if is_causal is None and not isinstance(attention_mask, IntervalMask):
-            is_causal = getattr(module, "is_causal", True)
         problem = _problem(
             query, key, value, attention_mask, is_causal, sliding_window, position_bias, weights_wanted, kwargs
         )
@@ -157,25 +160,15 @@ def attention_forward(
             backend=backend,
         )
         return out.unflatten(0, (query.shape[0], query.shape[2])), None  # type: ignore[union-attr]
-    out = attention(
-        query,
-        problem.key,
-        problem.value,
-        window_size=problem.window,
-        seqlens_k=problem.seqlens_k,
-        key_padding_mask=problem.key_padding_mask,
-        bias=problem.bias,
-        softmax_scale=scaling,
-        softcap=softcap or None,
-        sinks=sinks,
-        dropout_p=dropout,
-        backend=backend,
-    )
-    weights = None
-    if weights_wanted:
-        out, weights = out[..., : value.shape[-1]], out[..., value.shape[-1] :]  # type: ignore[call-overload]
-        weights = torch.nn.functional.pad(weights, (0, key.shape[2] - weights.shape[-1]))
-    return out.transpose(1, 2).contiguous(), weights  # type: ignore[union-attr]
+    # The output in the models' order, from the kernel: a view of it, and the copy that it may need, take longer.
+    options = options_of(False, problem.window, scaling, softcap or None, dropout, False, backend)
+    masks = (None, None, problem.seqlens_k, problem.key_padding_mask, four_dims(problem.bias))
+    out, _ = run(Operands(query, problem.key, problem.value, *masks, None, sinks), options, False, "bhsd->bshd")
+    if not weights_wanted:
+        return out.contiguous(), None
+    out, weights = out.split([value.shape[-1], problem.key.shape[2]], dim=-1)
+    weights = torch.nn.functional.pad(weights.transpose(1, 2), (0, key.shape[2] - weights.shape[-1]))
+    return out.contiguous(), weights
 
 
 def _weights_wanted(kwargs: dict[str, Any]) -> bool:
@@ -221,7 +214,7 @@ def _problem(
     elif mask is not None and mask.dim() != 2:
         problem = _with_mask(_Problem(key, value), query, mask)
     else:
-        problem = _without_mask(_Problem(key, value), query, mask, is_causal, sliding_window)
+        problem = _without_mask(query, key, value, mask, is_causal, sliding_window)
     if kwargs.get("cu_seq_lens_q") is not None and problem.cu_seqlens is None and problem.bias is None:
         problem = _packed_by_arguments(problem, query.shape[0], kwargs, knows_pairs)
     if indices is not None:
@@ -245,13 +238,18 @@ def _with_interval(problem: _Problem, mask: IntervalMask) -> _Problem:
 
 
 def _without_mask(
-    problem: _Problem, query: Tensor, padding: Tensor | None, is_causal: bool | None, sliding_window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding: Tensor | None,
+    is_causal: bool | None,
+    sliding_window: int | None,
 ) -> _Problem:
-    """With what the layer itself says, and at most a mask of padding, (batch, seqlen_k)."""
-    seqlen_q, seqlen_k = query.shape[2], problem.key.shape[2]
+    """What the layer itself says, and at most a mask of padding, (batch, seqlen_k)."""
+    seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     left = right = -1 if sliding_window is None else sliding_window - 1  # it counts the row itself
     right = 0 if is_causal else right
-    problem = problem._replace(window=(left, right))
+    problem = _Problem(key, value, (left, right))
     if padding is not None:
         if padding.is_floating_point():
             raise TypeError(f"attention_mask (batch, seqlen_k) has dtype {padding.dtype}; allowed: bool or integer")
@@ -259,7 +257,7 @@ def _without_mask(
     if not is_causal or seqlen_q == 1 or seqlen_q == seqlen_k:
         return problem
     if seqlen_q < seqlen_k:  # rows stand at the first keys
-        return problem._replace(key=problem.key[:, :, :seqlen_q], value=problem.value[:, :, :seqlen_q])
+        return problem._replace(key=key[:, :, :seqlen_q], value=value[:, :, :seqlen_q])
     distance = torch.arange(seqlen_q, device=query.device)[:, None] - torch.arange(seqlen_k, device=query.device)
     return problem._replace(window=_OPEN, bias=(distance >= 0) & (distance <= left if left >= 0 else True))
 

@@ -11,7 +11,7 @@ import torch
 from dropin.flash_oracle import assert_right, attend, options_of
 from torch import Tensor
 
-from transformer_fast import attention
+from transformer_fast import attention, ops
 from transformer_fast.dropin import varlen
 from transformer_fast.flash_attn import (
     flash_attn_func,
@@ -23,6 +23,7 @@ from transformer_fast.flash_attn import (
     flash_attn_varlen_qkvpacked_func,
     paged_varlen,
 )
+from transformer_fast.spec import Operands
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 4, 2, 24
 
@@ -159,14 +160,14 @@ def test_rows_that_see_nothing() -> None:
 
 
 def test_keys_and_values_are_views(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What attention() gets lies where the caller's tensors lie, strides and all."""
+    """What is computed from lies where the caller's tensors lie, strides and all."""
     seen: list[Tensor] = []
 
-    def watch(*tensors: Tensor, **options: Any) -> Any:
-        seen.extend(tensors)
-        return attention(*tensors, **options)
+    def watch(operands: Operands, *rest: Any) -> Any:
+        seen.extend(operands[:3])
+        return ops.run(operands, *rest)
 
-    monkeypatch.setattr(flash_attn_interface, "attention", watch)
+    monkeypatch.setattr(flash_attn_interface, "run", watch)
     q, kv, qkv = torch.randn(2, 7, 4, 8), torch.randn(2, 9, 2, 4, 8)[:, ::2], torch.randn(2, 7, 3, 4, 8)
     flash_attn_func(q, kv[:, :, 0], kv[:, :, 1])
     flash_attn_kvpacked_func(q, kv)

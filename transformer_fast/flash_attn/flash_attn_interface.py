@@ -3,7 +3,7 @@
 Each has flash-attn's signature (https://github.com/Dao-AILab/flash-attention) and meaning: tensors are (batch, seqlen,
 num_heads, head_dim), or packed (total, num_heads, head_dim), ``window_size`` counts keys on each side with -1 for no
 limit, ``causal`` and windows are aligned to the bottom right corner, ALiBi adds ``-slope * |i + seqlen_k - seqlen_q -
-j|``. The tensors are handed on as transposed views: nothing is copied but what has no contiguous last dimension.
+j|``. The tensors are read as they lie: nothing is copied but what has no contiguous last dimension.
 
 Beyond flash-attn: any device with a back end, the CPU first; float32 (and float64 by the reference); any head_dim, and
 another one for the values; gradients of all of it. One thing differs: a row that sees no key has a softmax_lse of -inf,
@@ -18,15 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import attention, attention_varlen
+from ..attention import attention_varlen
+from ..ops import run
+from ..spec import Operands, options_of
 from .attn_probs import attention_varlen_with_probs, attention_with_probs, block_size
 from .kvcache import flash_attn_with_kvcache
 from .options import (
     OPEN,
     PACKED,
+    PADDED,
     PAGES,
     arguments_of,
-    head_first,
     integer_of,
     softcap_of,
     takes_gradient,
@@ -53,12 +55,32 @@ def _get_block_size_n(device: torch.device, head_dim: int, is_dropout: bool, is_
     return block_size(head_dim, is_dropout)
 
 
-def _padded(query: Tensor, key: Tensor, value: Tensor, return_attn_probs: bool, arguments: dict[str, Any]) -> Result:
-    """Tensors of (batch, num_heads, seqlen, head_dim), any strides, to flash-attn's results."""
-    if not return_attn_probs:
-        out = attention(query, key, value, **arguments)
-        return out.transpose(1, 2)  # type: ignore[union-attr]
-    return attention_with_probs(query, key, value, arguments)
+def _padded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Any,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    return_attn_probs: bool,
+) -> Result:
+    """Tensors of (batch, seqlen, num_heads, head_dim) with contiguous rows, and flash-attn's arguments, to its results.
+
+    Not by way of :func:`attention`: the views that it would be given, and the one to be made of its output, take longer
+    than everything else that is done here.
+    """
+    if return_attn_probs:
+        arguments = arguments_of(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+        return attention_with_probs(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), arguments)
+    window = window_size if window_size is OPEN else window_of(window_size)
+    cap = softcap_of(softcap, dropout_p) if softcap else None
+    options = options_of(causal, window, softmax_scale, cap, dropout_p, deterministic, "auto")
+    operands = Operands(q, k, v, None, None, None, None, None, alibi_slopes)
+    return run(operands, options, False, "bshd")[0]
 
 
 def flash_attn_func(
@@ -98,23 +120,8 @@ def flash_attn_func(
     Raises:
         ValueError, TypeError: as :func:`transformer_fast.attention`; and for dropout with softcap.
     """
-    query, key, value = head_first(q, "q"), head_first(k, "k"), head_first(v, "v")
-    if return_attn_probs:
-        arguments = arguments_of(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-        return attention_with_probs(query, key, value, arguments)
-    out = attention(  # not by way of a dict, as everywhere else: that is 2 us a call, of 5 that it may take
-        query,
-        key,
-        value,
-        dropout_p=dropout_p,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size if window_size is OPEN else window_of(window_size),
-        softcap=softcap_of(softcap, dropout_p) if softcap else None,
-        alibi_slopes=alibi_slopes,
-        deterministic=deterministic,
-    )
-    return out.transpose(1, 2)  # type: ignore[union-attr]
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    return _padded(_rows(q, "q"), _rows(k, "k"), _rows(v, "v"), *options)
 
 
 def flash_attn_kvpacked_func(
@@ -134,9 +141,9 @@ def flash_attn_kvpacked_func(
     They are taken as views; the gradient of ``kv`` is one tensor again. Results and errors are those of
     :func:`flash_attn_func`.
     """
-    arguments = arguments_of(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    k, v = _packed(kv, "kv", 2, 5).permute(2, 0, 3, 1, 4).unbind(0)
-    return _padded(head_first(q, "q"), k, v, return_attn_probs, arguments)
+    k, v = _packed(kv, "kv", 2, 5).unbind(2)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    return _padded(_rows(q, "q"), k, v, *options)
 
 
 def flash_attn_qkvpacked_func(
@@ -155,9 +162,9 @@ def flash_attn_qkvpacked_func(
     They are taken as views; the gradient of ``qkv`` is one tensor again. Results and errors are those of
     :func:`flash_attn_func`.
     """
-    arguments = arguments_of(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    q, k, v = _packed(qkv, "qkv", 3, 5).permute(2, 0, 3, 1, 4).unbind(0)
-    return _padded(q, k, v, return_attn_probs, arguments)
+    q, k, v = _packed(qkv, "qkv", 3, 5).unbind(2)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    return _padded(q, k, v, *options)
 
 
 def flash_attn_varlen_func(
@@ -254,6 +261,10 @@ def flash_attn_varlen_qkvpacked_func(
     q, k, v = _packed(qkv, "qkv", 3, 4).unbind(1)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
     return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *options)
+
+
+def _rows(tensor: Tensor, name: str) -> Tensor:
+    return with_contiguous_rows(tensor, name, 4, PADDED)
 
 
 def _packed(tensor: Tensor, name: str, count: int, ndim: int) -> Tensor:

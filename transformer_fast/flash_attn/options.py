@@ -75,13 +75,6 @@ def with_contiguous_rows(tensor: Tensor, name: str, ndim: int, allowed: str) -> 
     return tensor if tensor.is_contiguous() or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def head_first(tensor: Tensor, name: str) -> Tensor:
-    """(batch, seqlen, num_heads, head_dim) as a view (batch, num_heads, seqlen, head_dim) with contiguous rows."""
-    if isinstance(tensor, Tensor) and tensor.dim() == 4 and tensor.stride(-1) == 1:
-        return tensor.transpose(1, 2)  # as nearly always: one call less
-    return with_contiguous_rows(tensor, name, 4, PADDED).transpose(1, 2)
-
-
 def takes_gradient(*tensors: Tensor | None) -> bool:
     """Must autograd hear of a call with these?"""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

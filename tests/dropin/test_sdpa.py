@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformer_fast import UnsupportedError
 from transformer_fast.dropin import scaled_dot_product_attention as sdpa
 from transformer_fast.dropin import sdpa as module
+from transformer_fast.spec import Operands, Options
 from transformer_fast.testing import judge
 
 each_call = pytest.mark.parametrize("name", CALLS)
@@ -99,15 +100,15 @@ def test_half_precision_with_a_float32_mask() -> None:
 
 @pytest.fixture
 def given(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What attention() was called with."""
+    """The problems that it made of calls: operands and options by name."""
     calls: list[dict[str, Any]] = []
-    attention = module.attention
+    run = module.run
 
-    def watched(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
-        calls.append(dict(query=query, key=key, value=value, **options))
-        return attention(query, key, value, **options)
+    def watched(operands: Operands, options: Options, *rest: Any) -> Any:
+        calls.append(operands._asdict() | options._asdict())
+        return run(operands, options, *rest)
 
-    monkeypatch.setattr(module, "attention", watched)
+    monkeypatch.setattr(module, "run", watched)
     return calls
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..attention import attention
+from ..ops import run
+from ..spec import Operands, options_of
 
 PLAIN = (Tensor, Parameter)
 
@@ -99,20 +100,10 @@ def attend(
             query, key, value, attn_mask, is_causal, enable_gqa
         )
     drops_all = dropout_p == 1.0
-    out = attention(
-        query,
-        key,
-        value,
-        causal=causal,
-        window_size=window_size,
-        key_padding_mask=padding,
-        bias=bias,
-        softmax_scale=scale,
-        dropout_p=0.0 if drops_all else dropout_p,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-        backend=backend,
-    )
-    assert isinstance(out, Tensor)
+    drop = 0.0 if drops_all else dropout_p
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    options = options_of(causal, window_size, scale, None, drop, deterministic, backend)
+    out, _ = run(Operands(query, key, value, None, None, None, padding, bias), options, False)
     if drops_all:  # a probability that attention() has no use for, but layers have
         out = torch.nn.functional.dropout(out, 1.0)
     return out if lead is None else out.reshape(*lead, *out.shape[-2:])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import resource
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -22,6 +23,8 @@ from rich.console import Console
 from torch import Tensor
 
 import transformer_fast
+from transformer_fast.ops import runner_for
+from transformer_fast.spec import Operands, parse_options
 from transformer_fast.testing import judge
 from transformer_fast.testing.environment import environment
 
@@ -193,25 +196,62 @@ def peaks() -> dict[str, float]:
 
 
 def overheads(repeats: int = 101) -> dict[str, float]:
-    """Microseconds that a call through a drop-in takes beyond ``attention()`` itself, by drop-in."""
+    """Microseconds that a call takes: through each drop-in beyond ``attention()``, and that beyond the kernel.
+
+    Tensors are as a model's projections give them.
+    """
     from transformer_fast import attention, dropin
+    from transformer_fast.dropin.huggingface import attention_forward
     from transformer_fast.flash_attn import flash_attn_func
 
-    heads = torch.randn(3, 1, 2, 8, 32)
-    query, key, value = heads
-    q, k, v = (part.transpose(1, 2) for part in heads)
-    scaled = torch.nn.functional.scaled_dot_product_attention
-    steps: dict[str, Callable[[], object]] = {
-        "attention": lambda: attention(query, key, value, causal=True),
+    q, k, v = torch.randn(3, 1, 8, 2, 32)  # (batch, seqlen, num_heads, head_dim)
+    query, key, value = (t.transpose(1, 2) for t in (q, k, v))
+    leaves = [t.detach().requires_grad_() for t in (query, key, value)]
+    functional, scaled = torch.nn.functional, torch.nn.functional.scaled_dot_product_attention
+
+    def bare() -> object:
+        return attention(query, key, value, causal=True)
+
+    dropins: dict[str, Callable[[], object]] = {
         "scaled_dot_product_attention": lambda: dropin.scaled_dot_product_attention(query, key, value, is_causal=True),
         "flash_attn_func": lambda: flash_attn_func(q, k, v, causal=True),
+        "transformers' attention function": lambda: attention_forward(  # what a layer of Llama passes
+            None, query, key, value, None, dropout=0.0, scaling=32**-0.5, position_ids=None, use_cache=False
+        ),
         "PyTorch's SDPA": lambda: scaled(query, key, value, is_causal=True),
     }
     with torch.no_grad():
-        samples = interleaved(steps, repeats)
-    bare = samples.pop("attention")
-    extra = {name: sorted(s - b for s, b in zip(found, bare, strict=True)) for name, found in samples.items()}
-    return {name: 1e6 * differences[len(differences) // 2] for name, differences in extra.items()}
+        found = _beyond(_kernel(query, key, value), {"attention() beyond the kernel": bare}, repeats)
+        found |= _beyond(bare, dropins, repeats)
+        with transformer_fast.accelerate():  # apart, since PyTorch's own function does not escape it
+            by_name = lambda: functional.scaled_dot_product_attention(query, key, value, is_causal=True)  # noqa: E731
+            found |= _beyond(bare, {"SDPA by name under accelerate()": by_name}, repeats)
+    with torch.enable_grad():
+        trained = {"attention() beyond the kernel, with gradients": lambda: attention(*leaves, causal=True)}
+        found |= _beyond(_kernel(query, key, value, with_statistics=True), trained, repeats)
+    return found
+
+
+def _beyond(bare: Callable[[], object], steps: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Microseconds that each step takes beyond the bare one: medians over neighbouring samples."""
+    bare_samples, *samples = interleaved({"bare": bare, **steps}, repeats).values()
+    extra = [statistics.median(s - b for s, b in zip(found, bare_samples, strict=True)) for found in samples]
+    return {name: 1e6 * seconds for name, seconds in zip(steps, extra, strict=True)}
+
+
+def _kernel(query: Tensor, key: Tensor, value: Tensor, *, with_statistics: bool = False) -> Callable[[], object]:
+    """The call into C++ that causal attention ends in, with everything at hand."""
+    operands, rows = Operands(query, key, value), query.shape[:3]
+    plan = runner_for(operands, parse_options(causal=True, backend="cpu")).plan  # type: ignore[attr-defined]
+    out, lse, stats = torch.empty_like(query), torch.empty(rows), torch.empty(2, *rows)
+    results = (out, lse, stats) if with_statistics else (out, None, None)
+    pointers = [0 if t is None else t.data_ptr() for t in (*operands, *results)]
+
+    def call() -> object:
+        plan.forward(*pointers, torch.get_num_threads())
+        return results  # which thereby live as long as this
+
+    return call
 
 
 def main() -> None:

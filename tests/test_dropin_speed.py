@@ -34,5 +34,13 @@ def test_a_wrong_result_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_overheads_are_measured() -> None:
     found = dropin_speed.overheads(repeats=1)
-    assert set(found) == {"scaled_dot_product_attention", "flash_attn_func", "PyTorch's SDPA"}
+    assert set(found) == {
+        "attention() beyond the kernel",
+        "attention() beyond the kernel, with gradients",
+        "scaled_dot_product_attention",
+        "flash_attn_func",
+        "transformers' attention function",
+        "SDPA by name under accelerate()",
+        "PyTorch's SDPA",
+    }
     assert all(torch.isfinite(torch.tensor(us)) for us in found.values())

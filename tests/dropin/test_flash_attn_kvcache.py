@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +12,9 @@ import torch
 from dropin.flash_oracle import assert_right, attend, options_of, rotate
 from torch import Tensor
 
+from transformer_fast import ops
 from transformer_fast.flash_attn import flash_attn_with_kvcache, kvcache
+from transformer_fast.spec import Operands
 
 BATCH, HEADS, KV_HEADS, DIM, SIZE = 3, 4, 2, 16, 37
 
@@ -234,15 +235,11 @@ def test_the_cache_is_not_copied(where: dict[str, Any], monkeypatch: pytest.Monk
     """What the kernels read lies where the cache lies, whichever entries or pages."""
     step, seen = make_step(where), []
 
-    def watched(run: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*tensors: Tensor, **options: Any) -> Any:
-            seen.extend(tensors[1:3])
-            return run(*tensors, **options)
+    def watch(operands: Operands, *rest: Any) -> Any:
+        seen.extend(operands[1:3])
+        return ops.run(operands, *rest)
 
-        return call
-
-    for name in ("attention", "attention_paged"):
-        monkeypatch.setattr(kvcache, name, watched(getattr(kvcache, name)))
+    monkeypatch.setattr(kvcache, "run", watch)
     step.run()
     storages = [c.untyped_storage().data_ptr() for c in (step.k_cache, step.v_cache)]
     assert seen and {t.untyped_storage().data_ptr() for t in seen} == set(storages)

@@ -7,10 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention import attention, attention_paged
-from ..ops import runner_for
-from ..spec import Operands, check, check_pages, parse_flag
-from ..spec import options_of as parsed
+from ..ops import run, runner_for
+from ..spec import Operands, Options, check, check_pages, options_of, parse_flag
 from .ops.triton.rotary import check_tables, rotate, rows_at
 from .options import OPEN, PADDED, PAGES, softcap_of, window_of, with_contiguous_rows
 
@@ -26,6 +24,8 @@ class _Step(NamedTuple):
     cache_leftpad: Tensor | None
     block_table: Tensor | None
     rotary_interleaved: bool
+    alibi_slopes: Tensor | None
+    return_lse: bool
 
 
 def flash_attn_with_kvcache(
@@ -91,17 +91,13 @@ def flash_attn_with_kvcache(
         if not isinstance(tensor, Tensor) and (tensor is not None or tensor is k_cache or tensor is v_cache):
             raise TypeError(f"{name} is of type {type(tensor).__name__}; allowed: a torch.Tensor {PADDED}")
     parse_flag(return_softmax_lse, "return_softmax_lse")
-    options = {
-        "softmax_scale": softmax_scale,
-        "causal": causal,
-        "window_size": window_size if window_size is OPEN else window_of(window_size),
-        "softcap": softcap_of(softcap) if softcap else None,
-        "alibi_slopes": alibi_slopes,
-        "return_lse": return_softmax_lse,
-    }
+    window = window_size if window_size is OPEN else window_of(window_size)
+    cap = softcap_of(softcap) if softcap else None
+    options = options_of(causal, window, softmax_scale, cap, 0.0, False, "auto")
     q = with_contiguous_rows(q, "q", 4, PADDED)
     seqlens = None if cache_seqlens is None else _lengths(cache_seqlens, q)
-    step = _Step(k, v, rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad, block_table, rotary_interleaved)
+    where = cache_batch_idx, cache_leftpad, block_table
+    step = _Step(k, v, rotary_cos, rotary_sin, *where, rotary_interleaved, alibi_slopes, return_softmax_lse)
     autocast = torch.is_autocast_enabled(q.device.type)
     if torch.is_grad_enabled() or autocast:
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
@@ -109,12 +105,10 @@ def flash_attn_with_kvcache(
                 q = q.to(k_cache.dtype)
                 k, v = (t if t is None else t.to(k_cache.dtype) for t in (k, v))
                 step = step._replace(k=k, v=v)
-            results = _take_step(q, k_cache, v_cache, seqlens, step, options)
+            out, lse = _take_step(q, k_cache, v_cache, seqlens, step, options)
     else:
-        results = _take_step(q, k_cache, v_cache, seqlens, step, options)
-    if return_softmax_lse:
-        return results[0].transpose(1, 2), results[1]
-    return results.transpose(1, 2)
+        out, lse = _take_step(q, k_cache, v_cache, seqlens, step, options)
+    return (out, lse) if return_softmax_lse else out  # type: ignore[return-value]
 
 
 def _lengths(cache_seqlens: Any, q: Tensor) -> Tensor:
@@ -134,50 +128,44 @@ def _check_int32(tensor: Any, name: str, batch: int, also: str = "") -> None:
 
 
 def _take_step(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor | None, step: _Step, options: dict[str, Any]
-) -> Any:
-    """Writes the new keys, then attends: (batch, num_heads, seqlen_q, head_dim_v), with lse if asked for."""
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor | None, step: _Step, options: Options
+) -> tuple[Tensor, Tensor | None]:
+    """Writes the new keys, then attends: (batch, seqlen_q, num_heads, head_dim_v), and lse if asked for."""
     _check_company(q, k_cache, v_cache, seqlens, step)
     if step.k is not None:
         assert seqlens is not None
         q = _write(q, k_cache, v_cache, seqlens, step, options)
         seqlens = seqlens + step.k.shape[1]
-    query, table = q.transpose(1, 2), step.block_table
+    if step.cache_batch_idx is not None and step.cache_leftpad is not None and q.shape[0]:
+        return _one_by_one(q, k_cache, v_cache, seqlens, step, options)
+    return run(_operands(q, k_cache, v_cache, seqlens, step), options, step.return_lse, "bshd")
+
+
+def _operands(q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor | None, step: _Step) -> Operands:
+    """The problem in flash-attn's order of dimensions. Where entries of the cache are chosen, each is one page."""
+    mask, table = None, step.block_table
     if step.cache_batch_idx is not None:
-        if step.cache_leftpad is not None and q.shape[0]:
-            return _one_by_one(query, k_cache, v_cache, seqlens, step, options)
-        table = step.cache_batch_idx.unsqueeze(1)  # each entry of the cache is one page
+        table = step.cache_batch_idx.unsqueeze(1)
     if table is not None:
         if seqlens is None:
             seqlens = _lengths(k_cache.shape[1] * table.shape[1], q)
-        return attention_paged(query, k_cache.transpose(1, 2), v_cache.transpose(1, 2), table, seqlens, **options)
-    if k_cache.shape[0] != q.shape[0]:
-        k_cache, v_cache = k_cache[: q.shape[0]], v_cache[: q.shape[0]]
-    mask = None
-    if step.cache_leftpad is not None:
-        mask = torch.arange(k_cache.shape[1], device=q.device) >= step.cache_leftpad.unsqueeze(1)
-    key, value = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
-    return attention(query, key, value, seqlens_k=seqlens, key_padding_mask=mask, **options)
+    else:
+        if k_cache.shape[0] != q.shape[0]:
+            k_cache, v_cache = k_cache[: q.shape[0]], v_cache[: q.shape[0]]
+        if step.cache_leftpad is not None:
+            mask = torch.arange(k_cache.shape[1], device=q.device) >= step.cache_leftpad.unsqueeze(1)
+    return Operands(q, k_cache, v_cache, None, None, seqlens, mask, None, step.alibi_slopes, None, None, table)
 
 
 def _check_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, step: _Step, options: dict[str, Any]
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, step: _Step, options: Options
 ) -> None:
     """Raise for what attention would refuse, before anything is written. Remembered, as attention remembers it."""
-    names = ("causal", "window_size", "softmax_scale", "softcap")
-    choices = parsed(*(options[name] for name in names), 0.0, False, "auto")
-    table = step.block_table
-    if step.cache_batch_idx is not None:
-        table = step.cache_batch_idx.unsqueeze(1)
-    elif table is None:
-        k_cache, v_cache = k_cache[: q.shape[0]], v_cache[: q.shape[0]]
-    query, key, value = q.transpose(1, 2), k_cache.transpose(1, 2), v_cache.transpose(1, 2)
-    slopes = options["alibi_slopes"]
-    operands = Operands(query, key, value, seqlens_k=seqlens, alibi_slopes=slopes, block_table=table)
+    operands = _operands(q, k_cache, v_cache, seqlens, step)
     if torch.compiler.is_compiling():
-        check(operands, choices)
+        check(operands.to_bhsd("bshd"), options)
     else:
-        runner_for(operands, choices)
+        runner_for(operands, options, order="bshd")
 
 
 def _check_entries(cache_batch_idx: Tensor, size: int) -> None:
@@ -219,9 +207,7 @@ def _check_company(q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor 
         raise ValueError(f"k_cache has batch {k_cache.shape[0]}; allowed: at least {batch}, the batch of q")
 
 
-def _write(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, step: _Step, options: dict[str, Any]
-) -> Tensor:
+def _write(q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, step: _Step, options: Options) -> Tensor:
     """New keys and values, turned if there are tables, into the cache; returns the queries, turned likewise."""
     k, v, cos, sin = step.k, step.v, step.rotary_cos, step.rotary_sin
     assert k is not None and v is not None
@@ -236,7 +222,7 @@ def _write(
         assert sin is not None
         check_tables(k, cos, sin)
         rows = seqlens.unsqueeze(1)
-        if options["causal"] or any(side not in (None, -1) for side in options["window_size"] or ()):
+        if options.window_left != -1 or options.window_right != -1:
             rows = rows + torch.arange(q.shape[1], device=q.device)
         q = _turned(q, cos, sin, rows, step.rotary_interleaved)
         k = _turned(k, cos, sin, places, step.rotary_interleaved)
@@ -279,21 +265,21 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved:
 
 
 def _one_by_one(
-    query: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor | None, step: _Step, options: dict[str, Any]
-) -> Any:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor | None, step: _Step, options: Options
+) -> tuple[Tensor, Tensor | None]:
     """A call for each sequence, its keys a view: neither entries in any order nor left padding needs a copy then."""
     assert step.cache_batch_idx is not None and step.cache_leftpad is not None
     entries, begins = step.cache_batch_idx.tolist(), step.cache_leftpad.tolist()
-    size, slopes = k_cache.shape[1], options["alibi_slopes"]
+    size, slopes = k_cache.shape[1], step.alibi_slopes
     ends = [size] * len(entries) if seqlens is None else seqlens.tolist()
-    results: list[Any] = []
+    outs, lses = [], []
     for b, (entry, begin, end) in enumerate(zip(entries, begins, ends, strict=True)):
         if not 0 <= end <= size:
             raise ValueError(f"cache_seqlens leads to {end} keys; allowed: 0 to {size}, the cache")
         begin = min(max(begin, 0), end)
-        key, value = (t[entry : entry + 1, begin:end].transpose(1, 2) for t in (k_cache, v_cache))
-        own = options | {"alibi_slopes": slopes if slopes is None or slopes.dim() == 1 else slopes[b]}
-        results.append(attention(query[b : b + 1], key, value, **own))
-    outs = [result[0] for result in results] if options["return_lse"] else results
-    out = torch.cat([one.transpose(1, 2) for one in outs]).transpose(1, 2)  # in the queries' order of memory
-    return (out, torch.cat([result[1] for result in results])) if options["return_lse"] else out
+        key, value = (t[entry : entry + 1, begin:end] for t in (k_cache, v_cache))
+        own = slopes if slopes is None or slopes.dim() == 1 else slopes[b]
+        out, lse = run(Operands(q[b : b + 1], key, value, alibi_slopes=own), options, step.return_lse, "bshd")
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs), torch.cat(lses) if step.return_lse else None  # type: ignore[arg-type]

@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from transformer_fast import attention, attention_varlen, ops
+from transformer_fast.backends import Gradients
 from transformer_fast.layout import Order
 from transformer_fast.spec import Operands, Options, UnsupportedError, parse_options
 from transformer_fast.testing import Case, make_problem
@@ -373,6 +374,26 @@ def test_another_order_is_the_same_problem(road: str, order: Order, backend: str
     if road == "compiled":
         function = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert_same(results_of(function, problem, backend=backend), results_of(attention, problem, backend=backend))
+
+
+@each_backend
+@other_orders
+def test_runners_of_another_order(order: Order, backend: str, seed: int) -> None:
+    """What autograd calls, also of back ends that know one order and get views."""
+    problem = make_problem(ALL_GRADIENTS, torch.float32, seed)
+    operands, options = Operands(**problem.inputs), parse_options(backend=backend)
+
+    def by(order: Order, operands: Operands, dout: Tensor) -> tuple[Tensor, Gradients]:
+        runner = ops.runner_for(operands, options, order=order)
+        results = runner.forward(operands, need_lse=True, need_stats=True)
+        return results.out, runner.backward(operands, results, dout, problem.dlse, dbias=True, dsinks=True)
+
+    assert problem.dout is not None
+    wanted_out, wanted = by("bhsd", operands, problem.dout)
+    out, grads = by(order, operands.to_bhsd(order), problem.dout.transpose(1, 2))  # there and back is the same
+    assert torch.equal(out.transpose(1, 2), wanted_out)
+    for grad, other in zip(grads, wanted.to_order(order), strict=True):
+        assert grad is not None and other is not None and torch.equal(grad, other)
 
 
 @other_orders

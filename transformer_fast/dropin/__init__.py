@@ -15,9 +15,13 @@ _HOMES = {
     "TransformerEncoderLayer": "torch_nn",
     "flex_attention": "flex",
     "memory_efficient_attention": "xformers",
+    "pack_linears": "linears",
     "replace_modules": "torch_nn",
     "restore_modules": "torch_nn",
+    "restore_padding": "huggingface_padding",
     "scaled_dot_product_attention": "sdpa",
+    "skip_padding": "huggingface_padding",
+    "unpack_linears": "linears",
     "varlen_attn": "varlen",
 }
 

@@ -43,6 +43,7 @@ class IntervalMask:
 
     ndim = 4
     dtype = torch.bool
+    packing: Any = None  # of the batch it was made for, once huggingface_padding.py has looked
 
     def __init__(
         self,

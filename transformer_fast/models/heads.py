@@ -100,6 +100,7 @@ class LanguageHead(Head):
     """
 
     targets: tuple[str, ...] = ("labels",)
+    product = staticmethod(F.linear)  # which ``dropin.pack_linears`` exchanges
 
     def __init__(self, architecture: Architecture, tokens: nn.Embedding) -> None:
         super().__init__(architecture)
@@ -133,7 +134,7 @@ class LanguageHead(Head):
 
     def logits(self, rows: Tensor) -> Tensor:
         """``(tokens, d)`` to ``(tokens, vocab_size)``."""
-        logits = F.linear(self.transformed(rows), self.weight, self.bias)
+        logits = self.product(self.transformed(rows), self.weight, self.bias)
         cap = self.config.softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -67,6 +67,8 @@ class FusedLinear(nn.Linear):
         parts: the number of outputs of each projection, and whether it has a bias. ``bias`` holds those that do.
     """
 
+    product = staticmethod(F.linear)  # which ``dropin.pack_linears`` exchanges
+
     def __init__(self, in_features: int, parts: Sequence[tuple[int, bool]]) -> None:
         super().__init__(in_features, sum(size for size, _ in parts), bias=False)
         self.parts = tuple(parts)
@@ -80,7 +82,7 @@ class FusedLinear(nn.Linear):
         if bias is not None and len(bias) != self.out_features:
             held = iter(bias.split([size for size, has_bias in self.parts if has_bias]))
             bias = torch.cat([next(held) if has_bias else x.new_zeros(size) for size, has_bias in self.parts])
-        return F.linear(x, self.weight, bias)
+        return self.product(x, self.weight, bias)
 
 
 def table(rows: int, size: int, padding_id: int | None = None) -> nn.Embedding:

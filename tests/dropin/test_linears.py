@@ -1,0 +1,265 @@
+"""Packed linear layers: the same products, whatever happens to the weights, and PyTorch's own wherever asked for."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from transformer_fast import models
+from transformer_fast.dropin import linears, pack_linears, unpack_linears
+from transformer_fast.testing import judge
+
+pytestmark = pytest.mark.skipif(not linears._DTYPES, reason="this PyTorch is built without oneDNN")
+IN, OUT = 384, 352  # as many elements as are worth it, neither a power of two
+
+
+def packed_weight(module: nn.Module) -> Tensor | None:
+    found = linears._packed.get(module.weight)
+    return None if found is None else found.weight
+
+
+def layer(dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(IN, OUT, bias=bias, dtype=dtype).eval()
+
+
+def rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, IN, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def assert_right(module: nn.Linear, x: Tensor) -> None:
+    """Against float64, no worse than PyTorch's own product in the same dtype by the tolerance rule."""
+    bias = None if module.bias is None else module.bias.double()
+    oracle = nn.functional.linear(x.double(), module.weight.double(), bias)
+    baseline = nn.functional.linear(x, module.weight, module.bias)
+    found = module(x)
+    assert found.shape == baseline.shape
+    assert found.dtype == baseline.dtype
+    verdict = judge(found, oracle, baseline)
+    assert verdict.passed, verdict
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1,), (7,), (600,), (2, 5), (1, 1, 3)])
+@pytest.mark.parametrize("dtype", linears._DTYPES)
+@torch.no_grad()
+def test_products(dtype: torch.dtype, shape: tuple[int, ...], bias: bool) -> None:
+    module = pack_linears(layer(dtype, bias))
+    assert_right(module, rows(*shape, dtype=dtype))
+    assert packed_weight(module) is not None
+
+
+@torch.no_grad()
+def test_rows_of_any_strides() -> None:
+    module = pack_linears(layer())
+    assert_right(module, rows(6, 4).transpose(0, 1))
+    assert_right(module, rows(12)[::3])
+    assert_right(module, torch.randn(IN, 5).t())
+    assert_right(module, rows(1).expand(9, IN))
+    assert module(rows(0)).shape == (0, OUT)
+    assert module(rows()).shape == (OUT,)
+
+
+def change_in_place(module: nn.Linear) -> None:
+    module.weight.mul_(-2.0)
+
+
+def change_bias(module: nn.Linear) -> None:
+    module.bias.add_(3.0)
+
+
+def load(module: nn.Linear) -> None:
+    module.load_state_dict({name: t + 1.0 for name, t in module.state_dict().items()})
+
+
+def assign(module: nn.Linear) -> None:
+    module.load_state_dict({name: t + 1.0 for name, t in module.state_dict().items()}, assign=True)
+
+
+def replace(module: nn.Linear) -> None:
+    module.weight = nn.Parameter(torch.randn(OUT, IN))
+
+
+def replace_data(module: nn.Linear) -> None:
+    module.weight.data = torch.randn(OUT, IN)
+
+
+def through_data_and_again(module: nn.Linear) -> None:
+    module.weight.data.mul_(3.0)  # which PyTorch does not count
+    pack_linears(module)
+
+
+def through_data_in_training(module: nn.Linear) -> None:
+    module.train()
+    module.weight.data.mul_(3.0)
+    module.eval()
+
+
+def train(module: nn.Linear) -> None:
+    with torch.enable_grad():
+        module.train()
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+        module(rows(4)).square().sum().backward()
+        optimizer.step()
+        module.eval()
+
+
+CHANGES = (change_in_place, change_bias, load, assign, replace, replace_data, train)
+
+
+@pytest.mark.parametrize("change", [*CHANGES, through_data_and_again, through_data_in_training])
+@torch.no_grad()
+def test_changed_weights_are_laid_out_again(change: Callable[[nn.Linear], None]) -> None:
+    module, x = pack_linears(layer()), rows(5)
+    before = module(x)
+    change(module)
+    assert (module(x) - before).abs().max() > 0.1
+    assert_right(module, x)
+
+
+@torch.no_grad()
+def test_other_dtype() -> None:
+    module = pack_linears(layer())
+    module(rows(5))
+    module.to(torch.bfloat16)
+    assert_right(module, rows(5, dtype=torch.bfloat16))
+    module.to(torch.float64)
+    assert_right(module, rows(5, dtype=torch.float64))
+
+
+def test_gradients_are_pytorchs() -> None:
+    plain, module, x = layer(), pack_linears(layer()), rows(5).requires_grad_()
+    expected = torch.autograd.grad(plain(x).square().sum(), [x, plain.weight, plain.bias])
+    found = torch.autograd.grad(module(x).square().sum(), [x, module.weight, module.bias])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert packed_weight(module) is None
+
+
+def test_frozen_weights_under_a_trained_input() -> None:
+    module, x = pack_linears(layer()).requires_grad_(False), rows(5).requires_grad_()
+    module(x).sum().backward()
+    torch.testing.assert_close(x.grad, module.weight.sum(0).expand(5, IN))
+    with torch.no_grad():
+        assert_right(module, x)
+
+
+def test_a_trained_bias_alone_gets_its_gradient() -> None:
+    module = pack_linears(layer())
+    module.weight.requires_grad_(False)
+    module(rows(5)).sum().backward()
+    assert torch.equal(module.bias.grad, torch.full((OUT,), 5.0))
+
+
+@torch.no_grad()
+def test_autocast() -> None:
+    plain, module, x = layer(), pack_linears(layer()), rows(5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(module(x), plain(x))
+
+
+@torch.no_grad()
+def test_vmap_and_modes() -> None:
+    module, x = pack_linears(layer()), rows(4, 3)
+    torch.testing.assert_close(torch.func.vmap(module)(x), module(x))
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert module(torch.empty(3, IN)).shape == (3, OUT)
+
+
+@torch.no_grad()
+def test_compiled() -> None:
+    module = pack_linears(layer())
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(rows(5)), layer()(rows(5)))
+
+
+def test_inference_tensors() -> None:
+    with torch.inference_mode():
+        module = pack_linears(layer())
+        assert_right(module, rows(5))
+        assert packed_weight(module) is not None
+
+
+@torch.no_grad()
+def test_copies_and_pickles_are_whole() -> None:
+    module, x = pack_linears(layer()), rows(5)
+    expected = module(x)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert type(other) is type(module)
+        assert torch.equal(other(x), expected)
+        other.weight.zero_()
+        assert torch.equal(module(x), expected)
+
+
+@torch.no_grad()
+def test_memory_is_given_back() -> None:
+    before = len(linears._packed)
+    module = pack_linears(layer())
+    module(rows(5))
+    assert len(linears._packed) == before + 1
+    unpack_linears(module)
+    assert type(module) is nn.Linear
+    assert len(linears._packed) == before
+    pack_linears(module)(rows(5))
+    del module
+    assert len(linears._packed) == before
+
+
+@torch.no_grad()
+def test_small_weights_and_subclasses_are_left_alone() -> None:
+    class Own(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) + 1.0
+
+    model = nn.Sequential(Own(IN, OUT), nn.Linear(OUT, 8)).eval()
+    expected = model(rows(5))
+    pack_linears(model)
+    assert torch.equal(model(rows(5)), expected)
+    assert type(model[0]) is Own
+    assert all(packed_weight(module) is None for module in model)
+
+
+def test_nothing_to_pack() -> None:
+    with pytest.warns(UserWarning, match="Embedding has no nn.Linear; nothing is packed"):
+        pack_linears(nn.Embedding(3, 4))
+
+
+MODELS: dict[str, Any] = {
+    "GPT-2": transformers.GPT2Config(n_layer=2, n_embd=384, n_head=6, vocab_size=500, bos_token_id=1, eos_token_id=2),
+    "Llama": transformers.LlamaConfig(
+        hidden_size=384, num_hidden_layers=2, num_attention_heads=6, intermediate_size=512, vocab_size=500
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_models(name: str, tmp_path: Any) -> None:
+    """Of transformers, and of ours with the same weights: the same logits, and every large weight laid out."""
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_config(MODELS[name]).eval()
+    theirs.save_pretrained(tmp_path)
+    ids = torch.randint(3, 500, (2, 9))
+    expected = theirs.double()(ids).logits
+    ours, theirs = models.from_pretrained(tmp_path), theirs.float()
+    for model in (theirs, ours):
+        before = len(linears._packed)
+        pack_linears(model)
+        assert (model(input_ids=ids).logits - expected).abs().max() < 2e-5 * expected.abs().max()
+        large = [m for m in model.modules() if isinstance(m, (nn.Linear, transformers.pytorch_utils.Conv1D))]
+        large = [m for m in large if m.weight.numel() >= 2**17]
+        assert len(large) >= 8
+        assert all(packed_weight(m) is not None for m in large)
+        assert len(linears._packed) > before
+        pickle.loads(pickle.dumps(model))
+        unpack_linears(model)
+        assert len(linears._packed) == before
+        assert not any(type(m).__name__.startswith("Packed") for m in model.modules())

@@ -2,8 +2,9 @@
 
 ``python -m transformer_fast.benchmarks.dropin_speed [--only WORD] [--dtypes float32] [--output FILE.md]``; needs
 transformers. (Without AVX-512, PyTorch's bfloat16 matrix products take minutes: ask for float32 alone.) Each case
-compares its results with float64 first, by the tolerance rule, and has no speed where they are wrong. Then what a
-drop-in costs a call beyond ``attention()``, on a problem of hardly any work.
+compares its results with float64 first, by the tolerance rule, and has no speed where they are wrong. First attention
+alone, then with ``skip_padding`` and ``pack_linears`` where they apply. Then what a drop-in costs a call beyond
+``attention()``, on a problem of hardly any work.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from rich.console import Console
 from torch import Tensor
 
 import transformer_fast
+from transformer_fast.dropin import pack_linears, skip_padding
 from transformer_fast.ops import runner_for
 from transformer_fast.spec import Operands, parse_options
 from transformer_fast.testing import judge
@@ -32,6 +34,7 @@ from .measure import interleaved, ratio
 from .model_speed import SMOLLM2
 
 OURS, THEIRS = "transformer_fast", "sdpa"
+ALSO = "with the rest"
 #: Sizes of the models, as transformers' configurations name them.
 BERT: dict[str, Any] = {}  # the base size is its default
 LLAMA: dict[str, Any] = SMOLLM2
@@ -47,6 +50,7 @@ class Case:
         config: of the model, and ``auto`` the class that builds it, by their names in transformers.
         prepare: from a model to what is timed, a function of no arguments.
         results: from a model to what is compared, on less input.
+        rest: what else makes the model faster, from the model to itself; None where nothing of ours does.
     """
 
     name: str
@@ -54,16 +58,18 @@ class Case:
     auto: str
     prepare: Callable[[Any], Callable[[], object]]
     results: Callable[[Any], Tensor]
+    rest: Callable[[Any], Any] | None = pack_linears
     dtypes: tuple[torch.dtype, ...] = BOTH
 
 
 @dataclass(frozen=True)
 class Line:
-    """How many times slower SDPA's model is."""
+    """How many times slower SDPA's model is than ours with our attention, and with the case's ``rest`` too."""
 
     name: str
     dtype: str
     ratio: float
+    whole: float | None
 
 
 def _ids(batch: int, seqlen: int) -> Tensor:
@@ -74,6 +80,10 @@ def _padded() -> dict[str, Tensor]:
     """16 texts of up to 128 tokens."""
     lengths = torch.linspace(8, 128, 16).round().long()
     return {"input_ids": _ids(16, 128), "attention_mask": (torch.arange(128) < lengths[:, None]).long()}
+
+
+def _without_padding(model: Any) -> Any:
+    return pack_linears(skip_padding(model))
 
 
 def _encode(model: Any) -> Callable[[], object]:
@@ -135,11 +145,26 @@ def cases() -> list[Case]:
     llama, mistral = ("LlamaConfig", LLAMA), ("MistralConfig", LLAMA | {"sliding_window": 256})
     language = "AutoModelForCausalLM"
     return [
-        Case("BERT-base-sized, 16 x up to 128 tokens", ("BertConfig", BERT), "AutoModel", _encode, _encoded),
+        Case(
+            "BERT-base-sized, 16 x up to 128 tokens",
+            ("BertConfig", BERT),
+            "AutoModel",
+            _encode,
+            _encoded,
+            _without_padding,
+        ),
         Case("Llama 135M-sized, prompt of 2048", llama, language, _read(2048), _last_logits),
         Case("Mistral-style, window 256, prompt of 4096", mistral, language, _read(4096), _last_logits),
         Case("Llama 135M-sized, one token after 4096", llama, language, _decode, _last_logits),
-        Case("GPT-2-small-sized, training step of 1024", ("GPT2Config", GPT2), language, _train, _gradient, BOTH[:1]),
+        Case(
+            "GPT-2-small-sized, training step of 1024",
+            ("GPT2Config", GPT2),
+            language,
+            _train,
+            _gradient,
+            None,
+            BOTH[:1],
+        ),
     ]
 
 
@@ -165,15 +190,18 @@ def run(repeats: int, only: str = "", dtypes: Collection[torch.dtype] = BOTH) ->
         if only not in case.name:
             continue
         for dtype in (dtype for dtype in case.dtypes if dtype in dtypes):
-            theirs = build(case, THEIRS, dtype)
-            ours = build(case, OURS, dtype, theirs.state_dict())
-            exact = build(case, "eager", torch.float64, theirs.state_dict())
-            verdict = judge(case.results(ours), case.results(exact), case.results(theirs), name=case.name)
-            assert verdict.passed, str(verdict)
-            del exact
-            samples = interleaved({OURS: case.prepare(ours), THEIRS: case.prepare(theirs)}, repeats)
-            name = str(dtype).removeprefix("torch.")
-            yield Line(case.name, name, ratio(samples[THEIRS], samples[OURS]).median)
+            models = {THEIRS: build(case, THEIRS, dtype)}
+            weights = models[THEIRS].state_dict()
+            models[OURS] = build(case, OURS, dtype, weights)
+            if case.rest is not None:
+                models[ALSO] = case.rest(build(case, OURS, dtype, weights))
+            exact = case.results(build(case, "eager", torch.float64, weights))
+            for ours in (OURS, ALSO)[: len(models) - 1]:
+                verdict = judge(case.results(models[ours]), exact, case.results(models[THEIRS]), name=case.name)
+                assert verdict.passed, str(verdict)
+            samples = interleaved({name: case.prepare(model) for name, model in models.items()}, repeats)
+            ratios = {name: ratio(samples[THEIRS], samples[name]).median for name in models}
+            yield Line(case.name, str(dtype).removeprefix("torch."), ratios[OURS], ratios.get(ALSO))
 
 
 def peak_of_training(implementation: str) -> None:
@@ -267,14 +295,20 @@ def main() -> None:
     if options.peak is not None:
         peak_of_training(options.peak)
         return
-    lines = ["| case | dtype | the model on SDPA, time over ours |", "| --- | --- | --- |"]
+    lines = [
+        "| case | dtype | the model on SDPA, time over ours | with skip_padding, pack_linears too |",
+        "| --- | --- | --- | --- |",
+    ]
     console = Console(width=160)
     for line in run(options.repeats, options.only, [getattr(torch, name) for name in options.dtypes]):
-        lines.append(f"| {line.name} | {line.dtype} | {line.ratio:.2f}x |")
+        whole = "" if line.whole is None else f"{line.whole:.2f}x"
+        lines.append(f"| {line.name} | {line.dtype} | {line.ratio:.2f}x | {whole} |")
         console.print(lines[-1], highlight=False)
     if not options.only:
         memory = peaks()
-        lines.append(f"| peak memory of the training step's process | float32 | {memory[THEIRS] / memory[OURS]:.2f}x |")
+        lines.append(
+            f"| peak memory of the training step's process | float32 | {memory[THEIRS] / memory[OURS]:.2f}x | |"
+        )
         extra = ", ".join(f"{name} {us:+.1f} us" for name, us in overheads().items())
         lines += ["", f"A call beyond `attention()`, 2 heads of 8 tokens: {extra}."]
         console.print("\n".join(lines[-3:]), highlight=False)

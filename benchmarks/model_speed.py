@@ -1,7 +1,8 @@
 """Whole models against Hugging Face transformers with SDPA: the same random weights, in turns, as ratios.
 
 ``python -m transformer_fast.benchmarks.model_speed [--output FILE.md]``; needs transformers. Each case compares its
-results with float64 first, by the tolerance rule, and has no speed where they are wrong.
+results with float64 first, by the tolerance rule, and has no speed where they are wrong. It is measured without and with
+``dropin.pack_linears``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from rich.console import Console
 from torch import Tensor
 
 from transformer_fast import models
+from transformer_fast.dropin import pack_linears, unpack_linears
 from transformer_fast.models.layers import AttentionOptions, fused_attention
 from transformer_fast.models.layout import TokenLayout
 from transformer_fast.testing import judge
@@ -54,11 +56,15 @@ class Pair:
 
 @dataclass(frozen=True)
 class Line:
-    """How many times slower transformers is, and the shares of our time: matrix products, attention."""
+    """How many times slower transformers is than our model as it is, and with its linear layers packed.
+
+    Of the latter's time: the shares of matrix products and attention.
+    """
 
     name: str
     dtype: str
     ratio: float
+    packed: float
     products: float
     attention: float | None
 
@@ -160,7 +166,7 @@ def shares(model: Any, step: Callable[[], object]) -> tuple[float, float | None]
         start = time.perf_counter()
         step()
         profiled = time.perf_counter() - start
-    names = ("aten::mm", "aten::addmm", "aten::linear")
+    names = ("aten::mm", "aten::addmm", "aten::linear", "mkldnn::_linear_pointwise")
     products = sum(row.self_cpu_time_total for row in profile.key_averages() if row.key in names) / 1e6
     return products / profiled, spent / whole if spent else None
 
@@ -172,14 +178,23 @@ def run(repeats: int = 7) -> Iterator[Line]:
         for pairs in (encoder_pairs, decoder_pairs):
             with tempfile.TemporaryDirectory() as folder:
                 for ours, pair in pairs(dtype, folder):
-                    if pair.results is not None:
-                        found, baseline, oracle = pair.results()
-                        verdict = judge(found, oracle, baseline, name=pair.name)
-                        assert verdict.passed, str(verdict)
-                    samples = interleaved({"ours": pair.ours, "theirs": pair.theirs}, repeats)
+                    plain = measured(pair, repeats)
+                    pack_linears(ours)
+                    packed = measured(pair, repeats)
                     products, attention = shares(ours, pair.ours)
+                    unpack_linears(ours)
                     name = str(dtype).removeprefix("torch.")
-                    yield Line(pair.name, name, ratio(samples["theirs"], samples["ours"]).median, products, attention)
+                    yield Line(pair.name, name, plain, packed, products, attention)
+
+
+def measured(pair: Pair, repeats: int) -> float:
+    """Their time over ours; AssertionError where our results are wrong."""
+    if pair.results is not None:
+        found, baseline, oracle = pair.results()
+        verdict = judge(found, oracle, baseline, name=pair.name)
+        assert verdict.passed, str(verdict)
+    samples = interleaved({"ours": pair.ours, "theirs": pair.theirs}, repeats)
+    return ratio(samples["theirs"], samples["ours"]).median
 
 
 def main() -> None:
@@ -189,13 +204,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
     lines = [
-        "| case | dtype | transformers' time over ours | products | attention |",
-        "| --- | --- | --- | --- | --- |",
+        "| case | dtype | transformers' time over ours | with pack_linears | products | attention |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     console = Console(width=160)
     for line in run(options.repeats):
         attention = "" if line.attention is None else f"{line.attention:.0%}"
-        lines.append(f"| {line.name} | {line.dtype} | {line.ratio:.2f}x | {line.products:.0%} | {attention} |")
+        ratios = f"{line.ratio:.2f}x | {line.packed:.2f}x"
+        lines.append(f"| {line.name} | {line.dtype} | {ratios} | {line.products:.0%} | {attention} |")
         console.print(lines[-1], highlight=False)
     if options.output is not None:
         facts = "\n".join(f"- {name}: {value}" for name, value in environment().items())

@@ -22,14 +22,16 @@ def test_every_case_has_a_ratio() -> None:
     lines = list(dropin_speed.run(repeats=1))
     assert len(lines) == 9 and len({line.name for line in lines}) == 5
     assert all(line.ratio > 0 for line in lines)
+    assert [line.whole is None for line in lines] == ["training" in line.name for line in lines]
 
 
 def test_a_wrong_result_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = dropin_speed._encoded
-    numbers = iter((1.01, 1.0, 1.0))  # ours is asked first
-    monkeypatch.setattr(dropin_speed, "_encoded", lambda model: right(model) * next(numbers))
-    with pytest.raises(AssertionError, match="BERT"):
-        list(dropin_speed.run(repeats=1, only="BERT"))
+    for wrong in (1, 3):  # float64 is asked first, then each of ours before SDPA's
+        numbers = iter([1.01 if place == wrong else 1.0 for place in range(5)])
+        monkeypatch.setattr(dropin_speed, "_encoded", lambda model, numbers=numbers: right(model) * next(numbers))
+        with pytest.raises(AssertionError, match="BERT"):
+            list(dropin_speed.run(repeats=1, only="BERT"))
 
 
 def test_overheads_are_measured() -> None:

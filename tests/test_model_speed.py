@@ -21,7 +21,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_case_has_a_ratio_and_shares() -> None:
     lines = list(model_speed.run(repeats=1))
     assert len(lines) == 5 and len({line.name for line in lines}) == 5
-    assert all(line.ratio > 0 and 0 < line.products < 1 for line in lines)
+    assert all(line.ratio > 0 and line.packed > 0 and 0 < line.products < 1 for line in lines)
     assert all(0 < line.attention < 1 for line in lines[:3])
     assert lines[3].attention is None, "behind a cache it is not seen"
 

@@ -216,8 +216,8 @@ def test_memory_is_given_back() -> None:
 @torch.no_grad()
 def test_small_weights_and_subclasses_are_left_alone() -> None:
     class Own(nn.Linear):
-        def forward(self, input: Tensor) -> Tensor:
-            return super().forward(input) + 1.0
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1.0
 
     model = nn.Sequential(Own(IN, OUT), nn.Linear(OUT, 8)).eval()
     expected = model(rows(5))

@@ -1,7 +1,7 @@
 """Whole models against Hugging Face transformers with SDPA: the same random weights, in turns, as ratios.
 
 ``python -m transformer_fast.benchmarks.model_speed [--output FILE.md]``; needs transformers. Each case compares its
-results with float64 first, by the tolerance rule, and has no speed where they are wrong. It is measured without and with
+results with float64 first, by the tolerance rule, and has no speed where they are wrong. Without and with
 ``dropin.pack_linears``.
 """
 

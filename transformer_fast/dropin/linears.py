@@ -22,7 +22,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 #: Rows that the layout is chosen for; it serves other numbers of rows as well.
 _ROWS = 512
 #: Below so many elements of a weight oneDNN's call, about 18 us, is more than it saves.
-_LEAST = 2**17
+_LEAST = {torch.float32: 2**17, torch.bfloat16: 2**16}
 
 
 class _Packed(NamedTuple):
@@ -62,7 +62,7 @@ def _may_pack(x: Tensor, weight: Tensor, bias: Tensor | None, in_features: int) 
         same
         and x.dim() >= 2
         and x.numel() > 0
-        and weight.numel() >= _LEAST
+        and weight.numel() >= _LEAST[dtype]
         and x.shape[-1] == in_features
         and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)))
         and not torch.is_autocast_enabled("cpu")

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention import attention, attention_varlen
+from ..attention import attention_varlen, four_dims
+from ..ops import run
+from ..spec import Operands, options_of
 from .varlen import packed_over_pages
 from .xformers_bias import (
     AttentionBias,
@@ -75,6 +77,9 @@ __all__ = [
 
 AttentionMask = AttentionBias
 fmha = attn_bias = sys.modules[__name__]
+
+
+_Found = tuple[Tensor, Tensor | None]  # the result, and lse where it is needed
 
 
 class _Kind(NamedTuple):
@@ -183,7 +188,9 @@ def memory_efficient_attention_forward_requires_grad(
     if p != 0.0:
         raise ValueError(f"p is {p}; allowed: 0.0, since what was dropped is not returned")
     with torch.no_grad():
-        return _attend(query, key, value, attn_bias, p, scale, op, output_dtype)
+        out, lse = _attend(query, key, value, attn_bias, p, scale, op, output_dtype, need_lse=True)
+    assert lse is not None
+    return out, lse
 
 
 def _attend(
@@ -195,8 +202,9 @@ def _attend(
     scale: float | None,
     op: Any,
     output_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    """The result and the lse in the caller's shapes."""
+    need_lse: bool = False,
+) -> _Found:
+    """The result and, if needed, the lse in the caller's shapes."""
     if op is not None:
         raise ValueError(f"op is {op!r}; allowed: None (which kernel runs is chosen here)")
     for name, t in (("query", query), ("key", key), ("value", value)):
@@ -208,9 +216,8 @@ def _attend(
     bias = attn_bias if isinstance(attn_bias, Tensor) else getattr(attn_bias, "_bias", None)
     shape = query.shape
     q, k, v = _with_heads(query, key, value)
-    options: dict[str, Any] = dict(softmax_scale=scale, dropout_p=p)
     if kind is None or kind.keys == "dense":
-        out, lse = _dense(q, k, v, _window(attn_bias, kind), kind, _bias_with_heads(bias, query), **options)
+        out, lse = _dense(q, k, v, _window(attn_bias, kind), kind, _bias_with_heads(bias, query), scale, p, need_lse)
     else:
         if not q.shape[0] == k.shape[0] == v.shape[0] == 1:
             raise ValueError(
@@ -219,9 +226,10 @@ def _attend(
             )
         _check_totals(q, k, attn_bias, kind)
         attend = _packed if kind.keys == "packed" else _cached
-        out, lse = attend(q, k, v, attn_bias, kind, **options)
-    out = out.reshape(*shape[:-1], value.shape[-1])
-    if query.dim() == 5:
+        out, lse = attend(q, k, v, attn_bias, kind, scale, p, need_lse)
+    if len(shape) != 4:
+        out = out.reshape(*shape[:-1], value.shape[-1])
+    if len(shape) == 5 and lse is not None:
         lse = lse.unflatten(1, shape[2:4])  # (batch, groups * heads, seqlen_q) -> (batch, groups, heads, seqlen_q)
     return out if output_dtype is None else out.to(output_dtype), lse
 
@@ -301,15 +309,24 @@ def _bias_with_heads(bias: Tensor | None, query: Tensor) -> Tensor | None:
 
 
 def _dense(
-    q: Tensor, k: Tensor, v: Tensor, window: tuple[int, int], kind: _Kind | None, bias: Tensor | None, **options: Any
-) -> tuple[Tensor, Tensor]:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: tuple[int, int],
+    kind: _Kind | None,
+    bias: Tensor | None,
+    scale: float | None,
+    p: float,
+    need_lse: bool,
+) -> _Found:
     """(batch, seqlen_q, num_heads, head_dim_v) and lse (batch, num_heads, seqlen_q)."""
     if kind is not None and kind.top_left:
         (left, right), rows, keys = window, q.shape[1], k.shape[1]
         if left >= 0 and rows > keys + left:  # the rows from there on see no key
-            out, lse = _dense(q[:, : keys + left], k, v, window, kind, bias, **options)
+            out, lse = _dense(q[:, : keys + left], k, v, window, kind, bias, scale, p, need_lse)
             unseen = rows - keys - left
-            return F.pad(out, (0, 0, 0, 0, 0, unseen)), F.pad(lse, (0, unseen), value=float("-inf"))
+            lse = None if lse is None else F.pad(lse, (0, unseen), value=float("-inf"))
+            return F.pad(out, (0, 0, 0, 0, 0, unseen)), lse
         if bias is not None and bias.shape[-1] not in (1, keys):
             raise ValueError(f"attn_bias has shape {tuple(bias.shape)}; allowed: {keys} keys, or 1")
         # Positions are counted from the last key: keys that no query reaches are left out; each missing one moves the
@@ -319,12 +336,14 @@ def _dense(
             bias = bias[..., :rows]
         missing = rows - k.shape[1]
         window = (left - missing if left >= 0 else -1, right + missing)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    out, lse = attention(q, k, v, window_size=window, bias=bias, return_lse=True, **options)
-    return out.transpose(1, 2), lse
+    # Not by attention(), for which the views to and from its order would take longer than all of this.
+    options = options_of(False, window, scale, None, p, False, "auto")
+    return run(Operands(q, k, v, bias=four_dims(bias)), options, need_lse, "bshd")
 
 
-def _packed(q: Tensor, k: Tensor, v: Tensor, bias: Any, kind: _Kind, **options: Any) -> tuple[Tensor, Tensor]:
+def _packed(
+    q: Tensor, k: Tensor, v: Tensor, bias: Any, kind: _Kind, scale: float | None, p: float, need_lse: bool
+) -> _Found:
     """One row of sequences, (1, total, num_heads, head_dim): the result, and lse (1, num_heads, total_q)."""
     queries, keys, window = bias.q_seqinfo, bias.k_seqinfo, _window(bias, kind)
     if kind.top_left and queries.seqstart_py != keys.seqstart_py:
@@ -334,9 +353,10 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, bias: Any, kind: _Kind, **options: 
             [t[:, begin:end] for begin, end in itertools.pairwise(starts)]
             for t, starts in ((q, q_starts), (k, k_starts), (v, k_starts))
         )
-        parts = [_dense(*part, window, kind, None, **options) for part in zip(q_parts, k_parts, v_parts, strict=True)]
-        return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=2)
-    out, lse = attention_varlen(
+        parts = zip(q_parts, k_parts, v_parts, strict=True)
+        outs, lses = zip(*(_dense(*part, window, kind, None, scale, p, need_lse) for part in parts), strict=True)
+        return torch.cat(outs, dim=1), torch.cat(lses, dim=2) if need_lse else None
+    found = attention_varlen(
         q[0],
         k[0],
         v[0],
@@ -345,18 +365,27 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, bias: Any, kind: _Kind, **options: 
         max(queries.max_seqlen, 0),
         max(keys.max_seqlen, 0),
         window_size=window,
-        return_lse=True,
-        **options,
+        softmax_scale=scale,
+        dropout_p=p,
+        return_lse=need_lse,
     )
+    return _one_row(found)
+
+
+def _one_row(found: Tensor | tuple[Tensor, Tensor]) -> _Found:
+    """The result of packed sequences, and lse where there is one, as a batch of one."""
+    if isinstance(found, Tensor):
+        return found[None], None
+    out, lse = found
     return out[None], lse[None]
 
 
 def _cached(
-    q: Tensor, k: Tensor, v: Tensor, bias: Any, kind: _Kind, *, dropout_p: float, **options: Any
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, bias: Any, kind: _Kind, scale: float | None, p: float, need_lse: bool
+) -> _Found:
     """One row of sequences whose keys lie in a cache: the result, and lse (1, num_heads, total_q)."""
-    if dropout_p != 0.0:
-        raise ValueError(f"p is {dropout_p} with {type(bias).__name__}; allowed: 0.0")
+    if p != 0.0:
+        raise ValueError(f"p is {p} with {type(bias).__name__}; allowed: 0.0")
     info = bias.k_seqinfo
     batch, page_size, lengths = len(info.seqlen_py), 1, info.seqlen
     if kind.keys == "padded":  # the room of each sequence is a page
@@ -376,7 +405,7 @@ def _cached(
     if k.shape[1] % page_size:
         raise ValueError(f"key has {k.shape[1]} rows; allowed: a multiple of {page_size}, the room of a page")
     k, v = (t[0].unflatten(0, (t.shape[1] // page_size, page_size)) for t in (k, v))
-    out, lse = packed_over_pages(
+    found = packed_over_pages(
         q[0],
         k,
         v,
@@ -385,7 +414,7 @@ def _cached(
         table,
         lengths,
         window_size=_window(bias, kind),
-        return_lse=True,
-        **options,
+        softmax_scale=scale,
+        return_lse=need_lse,
     )
-    return out[None], lse[None]
+    return _one_row(found)

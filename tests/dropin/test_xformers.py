@@ -35,7 +35,6 @@ from torch import Tensor
 import transformer_fast.dropin.xformers as xops
 from transformer_fast.testing import judge
 
-FUSED = {name: getattr(xops, name) for name in ("attention", "attention_varlen")}
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 
 
@@ -111,13 +110,18 @@ def test_groups_of_heads(masked: str, form: str, monkeypatch: pytest.MonkeyPatch
     given = xops.BlockDiagonalCausalMask.from_seqlens([4, 5]) if masked == "packed" else bias
     mask = torch.block_diag(torch.ones(4, 4).tril(), torch.ones(5, 5).tril()).bool()
     seen: list[int] = []
-    for name in FUSED:
+    run, varlen = xops.run, xops.attention_varlen
 
-        def counted(q: Tensor, k: Tensor, *rest: Any, _function: Any = FUSED[name], **options: Any) -> Any:
-            seen.append(k.shape[1])
-            return _function(q, k, *rest, **options)
+    def counted_run(operands: Any, *rest: Any) -> Any:
+        seen.append(operands.key.shape[2])
+        return run(operands, *rest)
 
-        monkeypatch.setattr(xops, name, counted)
+    def counted_varlen(q: Tensor, k: Tensor, *rest: Any, **options: Any) -> Any:
+        seen.append(k.shape[1])
+        return varlen(q, k, *rest, **options)
+
+    monkeypatch.setattr(xops, "run", counted_run)
+    monkeypatch.setattr(xops, "attention_varlen", counted_varlen)
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if form == "expanded":
@@ -140,17 +144,17 @@ def test_groups_of_heads(masked: str, form: str, monkeypatch: pytest.MonkeyPatch
 
 def test_one_head_for_all_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
-    fused = xops.attention
+    run = xops.run
 
-    def attention(q: Tensor, k: Tensor, *rest: Any, **options: Any) -> Any:
-        seen.append(tuple(k.shape))
-        return fused(q, k, *rest, **options)
+    def counted(operands: Any, *rest: Any) -> Any:
+        seen.append(tuple(operands.key.shape))
+        return run(operands, *rest)
 
-    monkeypatch.setattr(xops, "attention", attention)
+    monkeypatch.setattr(xops, "run", counted)
     q, k, v = drawn(2, 6, 6)
     k, v = (t[:, :, :1] for t in (k, v))
     out = xops.memory_efficient_attention(q, k.expand(-1, -1, HEADS, -1), v.expand(-1, -1, HEADS, -1))
-    assert seen == [(2, 1, 6, DIM)]
+    assert seen == [(2, 6, 1, DIM)]
     copied = (t.repeat(1, 1, HEADS, 1) for t in (k, v))
     torch.testing.assert_close(out, xops.memory_efficient_attention(q, *copied))
 

@@ -331,7 +331,8 @@ def _dense(
             raise ValueError(f"attn_bias has shape {tuple(bias.shape)}; allowed: {keys} keys, or 1")
         # Positions are counted from the last key: keys that no query reaches are left out; each missing one moves the
         # window by one to the right.
-        k, v = k[:, :rows], v[:, :rows]
+        if keys > rows:
+            k, v = k[:, :rows], v[:, :rows]
         if bias is not None and bias.shape[-1] > rows:
             bias = bias[..., :rows]
         missing = rows - k.shape[1]

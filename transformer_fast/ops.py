@@ -227,7 +227,7 @@ def run(operands: Operands, options: Options, need_lse: bool, order: Order = "bh
             select_backend(make_spec(operands, options))  # raises where a call that runs would
         op = _TransformedAttention.apply if _is_transformed() else attention_op
         out, lse, _ = op(*operands, *options)
-        return (out if order == "bhsd" else out.transpose(1, 2)), lse
+        return (out if order == "bhsd" else out.transpose(1, 2).contiguous()), lse  # as in memory without a tracer
     if operands is not given:
         tensors = [t for t in operands if t is not None]
     runner = runner_for(operands, options, tensors, order)

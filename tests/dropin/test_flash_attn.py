@@ -542,3 +542,12 @@ def test_signatures(name: str) -> None:
     found = [p.name if p.default is p.empty else f"{p.name}={p.default}".replace(", ", ",") for p in parameters]
     assert " ".join(found) == SIGNATURES[name]
     assert {p.kind for p in parameters} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+
+
+def test_the_output_lies_alike_in_a_compiled_graph() -> None:
+    """Contiguous, as flash-attn's, whatever the query's memory."""
+    q = torch.randn(2, 4, 7, 16).transpose(1, 2)
+    compiled = torch.compile(flash_attn_func, backend="aot_eager")
+    outs = flash_attn_func(q, q, q), compiled(q, q, q)
+    assert all(out.is_contiguous() for out in outs)
+    torch.testing.assert_close(outs[1], outs[0])

@@ -278,6 +278,40 @@ def test_attention_weights() -> None:
         assert_same((ours_[rows],), (theirs[rows].detach(),))
 
 
+def test_chunks_of_rows() -> None:
+    """Of which the number of tokens is no multiple."""
+    keep, eager = padding("right"), build("bert", chunk_size_feed_forward=7)
+    ours = skip_padding(build("bert", chunk_size_feed_forward=7))
+    with pytest.warns(UserWarning, match="computes padding, because of chunk_size_feed_forward"):
+        assert_same(outputs(ours, keep), outputs(eager, keep))
+
+
+def test_vmap_and_meta() -> None:
+    keep, ours = padding("right"), skip_padding(build("bert"))
+    ids = inputs(keep)["input_ids"]
+
+    def hidden(parameters: dict[str, Tensor]) -> Tensor:
+        given = {"input_ids": ids, "attention_mask": keep.long()}
+        return torch.func.functional_call(ours, parameters, kwargs=given).last_hidden_state
+
+    twice = {name: torch.stack((p, p * 0.5)).detach() for name, p in ours.named_parameters()}
+    found = torch.func.vmap(hidden)(twice)
+    assert_same((found[0][keep],), (build("bert")(**inputs(keep)).last_hidden_state[keep].detach(),))
+    on_meta = {name: t.to("meta") for name, t in inputs(keep).items()}
+    assert ours.to("meta")(**on_meta).last_hidden_state.shape == (BATCH, SEQLEN, 48)
+
+
+def test_what_trainers_hand_on() -> None:
+    """A number of labels, which goes through the model to each layer."""
+    keep, auto = padding("right"), transformers.AutoModelForCausalLM
+    labels = inputs(keep)["input_ids"].masked_fill(~keep, -100)
+    given = inputs(keep) | {"labels": labels, "use_cache": False, "num_items_in_batch": (labels != -100).sum()}
+    with rows_computed() as rows:
+        losses = [model(**given).loss for model in (skip_padding(build("llama", auto)), build("llama", auto))]
+    torch.testing.assert_close(losses[0], losses[1], rtol=PROMISED, atol=0)
+    assert len(rows) == 2
+
+
 def test_cross_attention() -> None:
     """Encoders are packed, decoders compute what they did."""
     keep, eager, ours = padding("right"), build("bart"), skip_padding(build("bart"))
@@ -327,3 +361,25 @@ def test_refused() -> None:
         skip_padding(build("t5", d_kv=12))
     with pytest.raises(UnsupportedError, match="Linear has no layer of"):
         skip_padding(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="model is of type BertEncoder; allowed: one of transformers, or what holds"):
+        skip_padding(build("bert").encoder)
+    with pytest.raises(UnsupportedError, match="BertForQuestionAnswering, whose probabilities are over padding too"):
+        skip_padding(build("bert", transformers.AutoModelForQuestionAnswering))
+    hooked = build("bert")
+    hooked.encoder.layer[1].forward = hooked.encoder.layer[1].forward
+    with pytest.raises(UnsupportedError, match="a BertLayer whose forward something else has replaced"):
+        skip_padding(hooked)
+    assert not any(isinstance(module, huggingface_padding._SkipsPadding) for module in hooked.modules())
+
+
+def test_classes_that_others_derive() -> None:
+    """As FSDP and parametrizations do with each module's class."""
+    keep, ours, eager = padding("right"), skip_padding(build("bert")), build("bert")
+    for layer in ours.encoder.layer:
+        layer.__class__ = type("Derived", (type(layer),), {})
+    with rows_computed() as rows:
+        assert_same(outputs(ours, keep), outputs(eager, keep))
+    assert len(rows) == 2
+    with pytest.raises(UnsupportedError, match="a layer that has become a Derived since skip_padding"):
+        restore_padding(ours)
+    assert_same(outputs(ours, keep), outputs(eager, keep))

@@ -34,6 +34,9 @@ FAMILIES = (
 )  # fmt: skip
 #: Arguments of a layer that have a row for each token, (batch or 1, seqlen, ...), or are a tuple of such.
 _ROWS = ("hidden_states", "position_embeddings", "position_ids")
+#: Tensors that models hand on to layers, which have no use for them.
+_UNUSED = ("cache_position", "num_items_in_batch", "token_type_ids")
+_CACHES = ("past_key_values", "layer_past")
 
 
 class Packing(NamedTuple):
@@ -66,7 +69,7 @@ def _new_packing(mask: IntervalMask, keep: Tensor) -> Packing | None:
     from transformers import masking_utils as theirs
 
     batch, seqlen = keep.shape
-    if mask.seqlens_k is not None or mask.lengths != (seqlen, seqlen):
+    if mask.seqlens_k is not None or mask.lengths != (seqlen, seqlen) or keep.is_meta:
         return None
     if max(mask.window) > 0 and bool((keep[:, 1:] & ~keep[:, :-1]).sum(1).add(keep[:, 0]).gt(1).any()):
         return None  # padding between tokens: packed, they would be nearer to each other
@@ -95,16 +98,19 @@ class _SkipsPadding(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the layer's own."""
         masks = {id(value): value for value in (*args, *kwargs.values()) if isinstance(value, IntervalMask)}
-        packing = packing_of(*masks.values()) if len(masks) == 1 and not torch.compiler.is_compiling() else None
+        packing = packing_of(*masks.values()) if len(masks) == 1 and not _is_transformed() else None
         if packing is None:
             return super().forward(*args, **kwargs)
         call = _signature(_own_class(self)).bind(*args, **kwargs)
         extra: dict[str, Any] = call.arguments.pop("kwargs", {})
         named = call.arguments | extra
         obstacles = [name for name, value in named.items() if not _fits(packing, name, value)]
+        if getattr(self, "chunk_size_feed_forward", 0):  # of which the number of tokens is no multiple
+            obstacles.append("chunk_size_feed_forward")
         if obstacles or _weights_wanted(named):
             what = " and ".join(obstacles) or "attention weights"
-            hint = "; pass use_cache=False where no tokens are generated" if "past_key_values" in obstacles else ""
+            has_cache = any(name in _CACHES for name in obstacles)
+            hint = "; pass use_cache=False where no tokens are generated" if has_cache else ""
             warnings.warn(f"{type(self).__name__} computes padding, because of {what}{hint}", stacklevel=2)
             return super().forward(*args, **kwargs)
         result = super().forward(**{name: _packed(packing, name, value) for name, value in named.items()})
@@ -116,14 +122,20 @@ class _SkipsPadding(nn.Module):
         return _empty, (_own_class(self),), vars(self)
 
 
+def _is_transformed() -> bool:
+    """Does somebody watch who cannot have sizes that depend on data?"""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _own_class(layer: Any) -> Any:
-    """What transformers made it."""
-    return type(layer).__mro__[2]
+    """What it was before; others may have derived from what it is now, as FSDP and parametrizations do."""
+    return type(layer).own_class
 
 
 @functools.cache
 def _skipping(layer: Any) -> type[nn.Module]:
-    return type(layer.__name__, (_SkipsPadding, layer), {"__module__": layer.__module__, "__doc__": layer.__doc__})
+    members = {"__module__": layer.__module__, "__doc__": layer.__doc__, "own_class": layer}
+    return type(layer.__name__, (_SkipsPadding, layer), members)
 
 
 def _empty(layer: Any) -> nn.Module:
@@ -140,6 +152,8 @@ def _signature(layer: Any) -> inspect.Signature:
 
 def _fits(packing: Packing, name: str, value: Any) -> bool:
     """Whether an argument has a row for each token where it should, or has nothing to do with tokens."""
+    if name in _UNUSED:
+        return True
     if name not in _ROWS:
         return value is None or isinstance(value, (bool, int, float, str, IntervalMask))
     batch, seqlen = packing.shape
@@ -160,10 +174,14 @@ def skip_padding(model: _Module, attn_implementation: str = "transformer_fast") 
     """Let a transformers model compute no padding: its layers run on the tokens that the attention mask keeps.
 
     For padded batches without a cache: encoders, and decoders in training or with ``use_cache=False``. Outputs and
-    gradients at tokens are those of the model as it was; hidden states and logits at padding, which mean nothing, are
-    what zeros become. A call that cannot be packed runs as before: with a warning where attention weights or a cache
-    stand in the way; without one for cross-attention, a window over padding between tokens, and ``torch.compile``.
-    On a GPU each forward pass waits once for the number of tokens. :func:`restore_padding` undoes it.
+    gradients at tokens are those of the model as it was. Hidden states at padding, which mean nothing, are 0 after each
+    layer; so what reads them says something else: a loss with labels at padding, a classifier that takes the first
+    token of texts padded on the left, or the last of texts whose ids do not tell it.
+
+    A call that cannot be packed runs as before: with a warning where attention weights, a cache or another argument of
+    the layers stand in the way; without one for cross-attention, a window over padding between tokens,
+    ``torch.compile`` and ``torch.func``. On a GPU each forward pass waits a few times for what the mask holds.
+    :func:`restore_padding` undoes it.
 
     Args:
         model: a model of transformers, or any module that holds some; changed in place. The layers stay the same
@@ -175,9 +193,10 @@ def skip_padding(model: _Module, attn_implementation: str = "transformer_fast") 
         the model.
 
     Raises:
-        UnsupportedError: no layer in it is of a family that is known to treat tokens by themselves; the message names
-            those that are.
-        ValueError: ``attn_implementation`` is not registered.
+        UnsupportedError: no layer in it is of a family that is known to treat tokens by themselves (the message names
+            them); it answers questions, by probabilities over positions among which is padding; or something, as
+            accelerate does, has given a layer another ``forward``.
+        ValueError: there is no model of transformers in it, or ``attn_implementation`` is not registered.
     """
     from transformers import AttentionInterface, PreTrainedModel
 
@@ -191,8 +210,17 @@ def skip_padding(model: _Module, attn_implementation: str = "transformer_fast") 
     found: list[Any] = [module for module in model.modules() if _is_layer(module)]
     if not found:
         raise UnsupportedError(f"{type(model).__name__} has no layer of transformers' {', '.join(FAMILIES)}")
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module.config._attn_implementation != attn_implementation:
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    if not models:
+        raise ValueError(f"model is of type {type(model).__name__}; allowed: one of transformers, or what holds some")
+    for module in models:
+        if "QuestionAnswering" in type(module).__name__:
+            raise UnsupportedError(f"{type(module).__name__}, whose probabilities are over padding too")
+    for layer in found:
+        if "forward" in vars(layer):
+            raise UnsupportedError(f"a {type(layer).__name__} whose forward something else has replaced")
+    for module in models:
+        if module.config._attn_implementation != attn_implementation:
             module.set_attn_implementation(attn_implementation)
     for layer in found:
         if not isinstance(layer, _SkipsPadding):
@@ -209,8 +237,14 @@ def restore_padding(model: _Module) -> _Module:
 
     Returns:
         the model, with layers that compute padding.
+
+    Raises:
+        UnsupportedError: something else has changed the class of a layer since (a parametrization, say).
     """
     layers: list[Any] = [module for module in model.modules() if isinstance(module, _SkipsPadding)]
+    for layer in layers:
+        if type(layer) is not _skipping(_own_class(layer)):
+            raise UnsupportedError(f"a layer that has become a {type(layer).__name__} since skip_padding()")
     for layer in layers:
         layer.__class__ = _own_class(layer)
     return model

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -23,22 +24,6 @@ _Module = TypeVar("_Module", bound=nn.Module)
 _ROWS = 512
 #: Below so many elements of a weight oneDNN's call, about 18 us, is more than it saves.
 _LEAST = {torch.float32: 2**17, torch.bfloat16: 2**16}
-
-
-class _Packed(NamedTuple):
-    """A weight laid out by oneDNN, and what the weight was then: the storage's address, its version."""
-
-    weight: Tensor
-    state: tuple[Any, ...]
-
-
-_packed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weights that are packed, as long as they live
-
-
-def _state(weight: Tensor) -> tuple[Any, ...]:
-    """What differs once an operation that PyTorch counts has changed the weight."""
-    version = 0 if weight.is_inference() else weight._version
-    return version, weight.data_ptr(), weight.shape, weight.stride()
 
 
 def packable_dtypes() -> tuple[torch.dtype, ...]:
@@ -54,67 +39,106 @@ _DTYPES = packable_dtypes()
 
 def _may_pack(x: Tensor, weight: Tensor, bias: Tensor | None, in_features: int) -> bool:
     """Is this product inference on a CPU, which nobody traces, differentiates or casts?"""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu or not weight.is_cpu:
+    if torch.compiler.is_compiling() or type(x) is not Tensor or type(weight) not in (Tensor, Parameter):
         return False
     dtype = x.dtype
-    same = dtype in _DTYPES and weight.dtype is dtype and (bias is None or bias.dtype is dtype)
     return (
-        same
+        dtype in _DTYPES
+        and weight.dtype is dtype
+        and x.is_cpu
+        and weight.is_cpu
         and x.dim() >= 2
         and x.numel() > 0
-        and weight.numel() >= _LEAST[dtype]
         and x.shape[-1] == in_features
+        and weight.layout is torch.strided
+        and weight.numel() >= _LEAST[dtype]
+        and not weight.is_inference()  # changes of which are not counted
+        and weight.grad is None  # else an optimizer is about to change it, and fused ones are not counted
+        and (bias is None or _is_plain_bias(bias, weight.numel() // in_features, dtype))
         and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)))
         and not torch.is_autocast_enabled("cpu")
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
     )
 
 
-def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, by_columns: bool = False) -> Tensor:
-    """:func:`torch.nn.functional.linear`, with the weight laid out at its first use and again when it has changed.
+def _is_plain_bias(bias: Tensor, out_features: int, dtype: torch.dtype) -> bool:
+    """Is it what oneDNN takes without a look at its strides?"""
+    plain = type(bias) in (Tensor, Parameter) and bias.is_cpu and bias.dtype is dtype
+    return plain and bias.shape == (out_features,) and bias.is_contiguous()
 
-    Where gradients are asked for, under autocast, a compiler, transforms or modes, on other devices and in dtypes that
-    the machine does not multiply natively, it is that function itself.
 
-    Args:
-        x: (..., in_features).
-        weight: (out_features, in_features); or (in_features, out_features) ``by_columns``, as in GPT-2.
-        bias: (out_features,).
+class _LaidOut(NamedTuple):
+    """A weight as oneDNN has laid it out, and what it was then."""
 
-    Returns:
-        (..., out_features), equal to the function's up to rounding.
+    packed: Tensor
+    alias: Tensor  # keeps the memory, so that no other weight can come to lie at its address
+    version: int
+
+    def is_of(self, weight: Tensor) -> bool:
+        alias = self.alias
+        return (
+            weight._version == self.version
+            and weight.data_ptr() == alias.data_ptr()
+            and weight.dtype is alias.dtype
+            and weight.shape == alias.shape
+            and weight.stride() == alias.stride()
+        )
+
+
+class PackedProduct:
+    """:func:`torch.nn.functional.linear` for one layer, with the weight laid out at its first use and when it changed.
+
+    Where gradients are asked for, under autocast, a compiler, a tracer, transforms or modes, on other devices, in
+    dtypes that the machine does not multiply natively, and for weights below 2**17 elements (bfloat16: 2**16), it is
+    that function itself, and the laid-out weight is dropped: training may change weights in ways that are not counted.
     """
-    if not _may_pack(x, weight, bias, weight.shape[0 if by_columns else -1]):
-        return F.linear(x, weight.t() if by_columns else weight, bias)
-    state, found = _state(weight), _packed.get(weight)
-    if found is None or found.state != state:
-        rows = (weight.t() if by_columns else weight).detach().contiguous()
-        found = _Packed(torch.ops.mkldnn._reorder_linear_weight(rows, _ROWS), state)
-        _packed[weight] = found
-    return torch.ops.mkldnn._linear_pointwise.default(x.contiguous(), found.weight, bias, "none", [], "")
+
+    def __init__(self) -> None:
+        self.found: _LaidOut | None = None
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, by_columns: bool = False) -> Tensor:
+        """The product.
+
+        Args:
+            x: (..., in_features).
+            weight: (out_features, in_features); or (in_features, out_features) ``by_columns``, as in GPT-2.
+            bias: (out_features,).
+
+        Returns:
+            (..., out_features), equal to the function's up to rounding.
+        """
+        if not _may_pack(x, weight, bias, weight.shape[0 if by_columns else -1]):
+            self.found = None
+            return F.linear(x, weight.t() if by_columns else weight, bias)
+        found = self.found  # one look: another thread may drop it
+        if found is None or not found.is_of(weight):
+            rows = (weight.t() if by_columns else weight).detach().contiguous()
+            packed = torch.ops.mkldnn._reorder_linear_weight(rows, _ROWS)
+            self.found = found = _LaidOut(packed, weight.detach(), weight._version)
+        return torch.ops.mkldnn._linear_pointwise.default(x.contiguous(), found.packed, bias, "none", [], "")
+
+    def __reduce__(self) -> Any:  # a copy lays out its own
+        return PackedProduct, ()
 
 
 class _Packs(nn.Module):
-    """A linear layer whose product is :func:`packed_linear`."""
+    """A linear layer with a :class:`PackedProduct`."""
 
     weight: Any
     bias: Any
+    product: Any
     by_columns = False
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        return packed_linear(x, self.weight, self.bias, by_columns=self.by_columns)
-
-    def train(self, mode: bool = True) -> Any:
-        """As of every module; training changes weights, by ways that may not be seen."""
-        if mode:
-            _forget(self)
-        return super().train(mode)
+        return self.product(x, self.weight, self.bias, by_columns=self.by_columns)
 
 
 class PackedLinear(_Packs, nn.Linear):
-    """:class:`torch.nn.Linear` by :func:`packed_linear`."""
+    """:class:`torch.nn.Linear` by a :class:`PackedProduct`."""
 
 
 @functools.cache
@@ -136,9 +160,10 @@ def pack_linears(model: _Module) -> _Module:
     ``nn.Linear`` are left alone, since they may have a ``forward`` of their own. :func:`unpack_linears` undoes it.
 
     A weight is laid out when it is first multiplied without gradients (under ``torch.no_grad()`` or
-    ``torch.inference_mode()``), which takes its size in memory once more, and again after it has changed: by an
-    optimizer, ``load_state_dict``, ``.to(...)`` or any other operation that PyTorch counts. What writes through
-    ``weight.data`` it does not count: call this function again after that.
+    ``torch.inference_mode()``), which takes its size in memory once more; again after ``load_state_dict``, ``.to()``,
+    an operation in place or anything else that PyTorch counts; and again after a product with gradients. While a weight
+    has a ``grad`` it is multiplied as it lies. What writes through ``weight.data``, as some adapters do when they are
+    merged, or through collective operations, PyTorch does not count: call this function again after that.
 
     Args:
         model: any module; changed in place.
@@ -150,12 +175,9 @@ def pack_linears(model: _Module) -> _Module:
     count = 0
     for module in model.modules():
         module.__class__ = classes.get(type(module), type(module))
-        is_own = hasattr(module, "product")
-        if is_own:
-            module.product = packed_linear  # type: ignore[assignment]
-        if is_own or isinstance(module, _Packs):
+        if isinstance(module, _Packs) or getattr(type(module), "product", None) is F.linear:
+            vars(module)["product"] = PackedProduct()
             count += 1
-            _forget(module)
     if count == 0 or not _DTYPES:
         why = "has no nn.Linear" if count == 0 else "stays as it is: this PyTorch is built without oneDNN"
         warnings.warn(f"{type(model).__name__} {why}; nothing is packed", stacklevel=2)
@@ -173,17 +195,10 @@ def unpack_linears(model: _Module) -> _Module:
     """
     plain = {packed: own for own, packed in _packed_classes().items()}
     for module in model.modules():
-        if isinstance(module, _Packs) or vars(module).pop("product", None) is not None:
-            _forget(module)
         module.__class__ = plain.get(type(module), type(module))
+        if isinstance(vars(module).get("product"), PackedProduct):
+            del module.product
     return model
-
-
-def _forget(module: nn.Module) -> None:
-    """Drop the laid-out weight of a module; the next product lays it out again."""
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor):
-        _packed.pop(weight, None)
 
 
 def __getattr__(name: str) -> Any:  # pickle looks for classes by their names

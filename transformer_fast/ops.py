@@ -142,17 +142,22 @@ def _is_transformed() -> bool:
     return not is_compiling() and peek_interpreter_stack() is not None
 
 
-def _is_traced(operands: Operands, options: Options, tensors: Sequence[Any], order: Order) -> bool:
-    """Is somebody watching who must see an op: a compiler, a tracer, a mode, a transform, a tensor subclass?
-
-    ``tensors`` are the operands that there are.
-    """
-    must_dispatch = (
+def is_watched() -> bool:
+    """Is somebody watching who must see PyTorch's operators: a compiler, a tracer, a dispatch mode, a transform?"""
+    return (
         is_compiling()
         or _len_torch_dispatch_stack() > 0
         or peek_interpreter_stack() is not None
         or _get_tracing_state() is not None
     )
+
+
+def _is_traced(operands: Operands, options: Options, tensors: Sequence[Any], order: Order) -> bool:
+    """Must the call be an op, because somebody watches, or since there is a tensor that only the dispatcher knows?
+
+    ``tensors`` are the operands that there are.
+    """
+    must_dispatch = is_watched()
     for tensor in tensors:
         kind = type(tensor)
         if kind is Tensor or kind is Parameter:

@@ -132,8 +132,8 @@ def attention_forward(
     is_special = not _SPECIAL.isdisjoint(kwargs)
     if is_special:
         _refuse(kwargs, "attn_implementation='eager' can do it")
-    weights_wanted = _weights_wanted(kwargs)
-    is_plain = not (is_special or weights_wanted) and position_bias is None
+    wanted = weights_wanted(kwargs)
+    is_plain = not (is_special or wanted) and position_bias is None
     if is_causal is None and not isinstance(attention_mask, IntervalMask):
         is_causal = getattr(module, "is_causal", True)
     if is_plain and attention_mask is None:  # this and the next are what _problem would say, in less time
@@ -141,9 +141,7 @@ def attention_forward(
     elif is_plain and isinstance(attention_mask, IntervalMask) and attention_mask.is_window(query, key):
         problem = _Problem(key, value, attention_mask.window, attention_mask.seqlens_k, attention_mask.key_padding_mask)
     else:
-        problem = _problem(
-            query, key, value, attention_mask, is_causal, sliding_window, position_bias, weights_wanted, kwargs
-        )
+        problem = _problem(query, key, value, attention_mask, is_causal, sliding_window, position_bias, wanted, kwargs)
     sinks = None if s_aux is None else _floating(s_aux.reshape(-1), query)
     if problem.cu_seqlens is not None:
         query_, key_, value_ = (t.transpose(1, 2).flatten(0, 1) for t in (query, problem.key, problem.value))
@@ -164,14 +162,14 @@ def attention_forward(
     options = options_of(False, problem.window, scaling, softcap or None, dropout, False, backend)
     masks = (None, None, problem.seqlens_k, problem.key_padding_mask, four_dims(problem.bias))
     out, _ = run(Operands(query, problem.key, problem.value, *masks, None, sinks), options, False, "bhsd->bshd")
-    if not weights_wanted:
+    if not wanted:
         return out.contiguous(), None
     out, weights = out.split([value.shape[-1], problem.key.shape[2]], dim=-1)
     weights = torch.nn.functional.pad(weights.transpose(1, 2), (0, key.shape[2] - weights.shape[-1]))
     return out.contiguous(), weights
 
 
-def _weights_wanted(kwargs: dict[str, Any]) -> bool:
+def weights_wanted(kwargs: dict[str, Any]) -> bool:
     """Whether the model was asked for attention weights: by argument, or by what its hooks are to collect.
 
     A configuration that says ``output_attentions`` is among the latter.
@@ -201,12 +199,12 @@ def _problem(
     is_causal: bool | None,
     sliding_window: int | None,
     position_bias: Tensor | None,
-    weights_wanted: bool,
+    with_weights: bool,
     kwargs: dict[str, Any],
 ) -> _Problem:
     """What a mask and the options around it come to."""
     indices = kwargs.get("indices")
-    knows_pairs = weights_wanted or position_bias is not None or indices is not None  # which packed sequences do not
+    knows_pairs = with_weights or position_bias is not None or indices is not None  # which packed sequences do not
     if isinstance(mask, IntervalMask) and (not mask.fits(query, key) or (mask.cu_seqlens is not None and knows_pairs)):
         mask = mask.dense()
     if isinstance(mask, IntervalMask):
@@ -221,7 +219,7 @@ def _problem(
         problem = _only(problem, query, indices)
     if position_bias is not None:
         problem = _with_position_bias(problem, query, position_bias)
-    if weights_wanted:  # the weights are the output for values that are the rows of the identity
+    if with_weights:  # the weights are the output for values that are the rows of the identity
         batch, num_kv_heads, seqlen_k, _ = problem.value.shape
         identity = torch.eye(seqlen_k, dtype=value.dtype, device=value.device).expand(batch, num_kv_heads, -1, -1)
         problem = problem._replace(value=torch.cat((problem.value, identity), dim=-1))
@@ -361,7 +359,7 @@ def paged_attention_forward(
     for name in ("block_table", "position_bias"):
         if kwargs.get(name) is not None:
             raise UnsupportedError(f"{name} is given; allowed: None in continuous batching")
-    if _weights_wanted(kwargs):
+    if weights_wanted(kwargs):
         raise UnsupportedError("output_attentions is True; allowed: False in continuous batching")
     key, value = cache.update(
         key_states=key,

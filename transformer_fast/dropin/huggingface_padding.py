@@ -12,12 +12,12 @@ import inspect
 import warnings
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
+from ..masks import cu_seqlens_from_mask, repad, unpad
+from ..ops import is_watched
 from ..spec import UnsupportedError
-from .huggingface import _weights_wanted, attention_forward, register_with_transformers
+from .huggingface import attention_forward, register_with_transformers, weights_wanted
 from .huggingface_masks import IntervalMask
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -50,12 +50,11 @@ class Packing(NamedTuple):
         """(batch or 1, seqlen, ...) to (1, tokens, ...)."""
         if isinstance(rows, tuple):
             return tuple(self.packed(part) for part in rows)
-        return rows.expand(*self.shape, *rows.shape[2:]).flatten(0, 1).index_select(0, self.places)[None]
+        return unpad(rows.expand(*self.shape, *rows.shape[2:]), self.places)[None]
 
     def padded(self, rows: Tensor) -> Tensor:
         """(1, tokens, ...) to (batch, seqlen, ...), 0 at padding."""
-        places = rows.new_zeros(self.shape[0] * self.shape[1], *rows.shape[2:])
-        return places.index_copy_(0, self.places, rows[0]).unflatten(0, self.shape)
+        return repad(rows[0], self.places, *self.shape)
 
 
 def packing_of(mask: IntervalMask) -> Packing | None:
@@ -73,22 +72,17 @@ def _new_packing(mask: IntervalMask, keep: Tensor) -> Packing | None:
         return None
     if max(mask.window) > 0 and bool((keep[:, 1:] & ~keep[:, :-1]).sum(1).add(keep[:, 0]).gt(1).any()):
         return None  # padding between tokens: packed, they would be nearer to each other
-    places = keep.flatten().nonzero().flatten()
-    lengths = keep.sum(1)
-    lengths = lengths[lengths > 0]
+    places, cu_seqlens, max_seqlen = cu_seqlens_from_mask(keep)
     tokens = len(places)
     if tokens == 0:
         return None
-    cu_seqlens = pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    sequence_ids = torch.repeat_interleave(lengths)[None]
-    mask_function = theirs.and_masks(
-        theirs.packed_sequence_mask_function(sequence_ids), mask.arguments["mask_function"]
-    )
+    same_sequence = theirs.packed_sequence_mask_function((places // seqlen)[None])
+    mask_function = theirs.and_masks(same_sequence, mask.arguments["mask_function"])
     arguments = mask.arguments | dict(
         batch_size=1, q_length=tokens, kv_length=tokens, q_offset=0, kv_offset=0, attention_mask=None,
         mask_function=mask_function,
     )  # fmt: skip
-    packed = IntervalMask(mask.window, None, None, cu_seqlens, int(lengths.max()), arguments)
+    packed = IntervalMask(mask.window, None, None, cu_seqlens, max_seqlen, arguments)
     return Packing(places, (batch, seqlen), packed)
 
 
@@ -98,7 +92,7 @@ class _SkipsPadding(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the layer's own."""
         masks = {id(value): value for value in (*args, *kwargs.values()) if isinstance(value, IntervalMask)}
-        packing = packing_of(*masks.values()) if len(masks) == 1 and not _is_transformed() else None
+        packing = packing_of(*masks.values()) if len(masks) == 1 and not is_watched() else None
         if packing is None:
             return super().forward(*args, **kwargs)
         call = _signature(_own_class(self)).bind(*args, **kwargs)
@@ -107,7 +101,7 @@ class _SkipsPadding(nn.Module):
         obstacles = [name for name, value in named.items() if not _fits(packing, name, value)]
         if getattr(self, "chunk_size_feed_forward", 0):  # of which the number of tokens is no multiple
             obstacles.append("chunk_size_feed_forward")
-        if obstacles or _weights_wanted(named):
+        if obstacles or weights_wanted(named):
             what = " and ".join(obstacles) or "attention weights"
             has_cache = any(name in _CACHES for name in obstacles)
             hint = "; pass use_cache=False where no tokens are generated" if has_cache else ""
@@ -120,11 +114,6 @@ class _SkipsPadding(nn.Module):
 
     def __reduce__(self) -> Any:  # its class is made anew, and cannot be found by name
         return _empty, (_own_class(self),), vars(self)
-
-
-def _is_transformed() -> bool:
-    """Does somebody watch who cannot have sizes that depend on data?"""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _own_class(layer: Any) -> Any:
@@ -180,8 +169,8 @@ def skip_padding(model: _Module, attn_implementation: str = "transformer_fast") 
 
     A call that cannot be packed runs as before: with a warning where attention weights, a cache or another argument of
     the layers stand in the way; without one for cross-attention, a window over padding between tokens,
-    ``torch.compile`` and ``torch.func``. On a GPU each forward pass waits a few times for what the mask holds.
-    :func:`restore_padding` undoes it.
+    ``torch.compile``, ``torch.func``, tracers and dispatch modes. On a GPU each forward pass waits a few times for what
+    the mask holds. :func:`restore_padding` undoes it.
 
     Args:
         model: a model of transformers, or any module that holds some; changed in place. The layers stay the same

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from ..ops import is_watched
+
 _Module = TypeVar("_Module", bound=nn.Module)
 
 #: Rows that the layout is chosen for; it serves other numbers of rows as well.
@@ -39,7 +41,7 @@ _DTYPES = packable_dtypes()
 
 def _may_pack(x: Tensor, weight: Tensor, bias: Tensor | None, in_features: int) -> bool:
     """Is this product inference on a CPU, which nobody traces, differentiates or casts?"""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or type(weight) not in (Tensor, Parameter):
+    if is_watched() or type(x) is not Tensor or type(weight) not in (Tensor, Parameter):
         return False
     dtype = x.dtype
     return (
@@ -57,9 +59,6 @@ def _may_pack(x: Tensor, weight: Tensor, bias: Tensor | None, in_features: int) 
         and (bias is None or _is_plain_bias(bias, weight.numel() // in_features, dtype))
         and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)))
         and not torch.is_autocast_enabled("cpu")
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
         and forward_ad._current_level < 0
     )
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import attention, attention_varlen
+from ..ops import is_watched
 
 MINUS_INF = float("-inf")
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -259,15 +260,7 @@ def _only_hides(padding: Tensor, keep: Tensor) -> bool:
     ``nn.TransformerEncoder`` makes such masks of bool ones. A bias costs the kernel more than this look, which is
     taken where it waits for nothing: not at a tensor on a device, nor at one that is traced or transformed.
     """
-    known = (
-        type(padding) is Tensor
-        and padding.device.type == "cpu"
-        and not padding.requires_grad
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-    )
+    known = type(padding) is Tensor and padding.device.type == "cpu" and not padding.requires_grad and not is_watched()
     return known and torch.equal(padding == 0, keep)
 
 

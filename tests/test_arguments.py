@@ -302,6 +302,15 @@ def assert_helpful(error: pytest.ExceptionInfo[Exception], row: Row) -> None:
 # ----------------------------------------------------------------------------------------------------- the table
 
 
+@pytest.mark.parametrize("window", [(True, 0), (1.0, 0), (1, False)])
+def test_what_equals_a_right_window_is_not_taken_for_it(window: Any) -> None:
+    """Options are remembered, and 1 == True."""
+    call = padded_call()
+    attention(**call | {"window_size": (1, 0)})
+    with pytest.raises(TypeError, match="window_size is"):
+        attention(**call | {"window_size": window})
+
+
 @pytest.mark.parametrize("row", PADDED)
 def test_attention_rejects(row: Row) -> None:
     """Twice: what was wrong once must not be remembered as right."""

@@ -223,11 +223,13 @@ def parse_options(
 
 
 _remembered_options = functools.lru_cache(maxsize=1024, typed=True)(parse_options)
+_SIDES = frozenset((int, type(None)))  # of a window that may be remembered: True and 1.0 are equal to 1, and wrong
 
 
 def options_of(*arguments: Any) -> Options:
     """:func:`parse_options`, remembered: the same few choices come again and again."""
-    if is_compiling():
+    window = arguments[1] if len(arguments) > 1 else None
+    if is_compiling() or (type(window) is tuple and not _SIDES.issuperset(map(type, window))):
         return parse_options(*arguments)
     try:
         return _remembered_options(*arguments)

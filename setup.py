@@ -80,6 +80,7 @@ if IS_X86_64:
         "avx2": "-mavx2 -mfma -mf16c",
         "avx512": _AVX512,
         "avx512_bf16": f"{_AVX512} -mavx512bf16",
+        "amx_bf16": f"{_AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
     }
 # A quicker build for one's own machine: a comma list of instruction sets; "portable" is always there.
 if only := os.environ.get("TRANSFORMER_FAST_ISAS"):

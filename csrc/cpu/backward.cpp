@@ -294,9 +294,11 @@ int64_t backward_workspace(const Problem& p) {
 
 void backward(const Problem& p, const Sequence& sequence, const BackwardRun& run, char* workspace) {
     with_element(p.dtype, [&](auto element) {
+        using E = decltype(element);
+        [[maybe_unused]] const typename E::Product::InUse product;
         for (int64_t r = run.first_row; r < run.first_row + run.rows; r += kRows) {
             const Tile tile{run.sequence, run.kv_head, r, min_of<int64_t>(kRows, run.first_row + run.rows - r)};
-            Backward<decltype(element)>(p, sequence, run, tile, Arena(workspace)).run();
+            Backward<E>(p, sequence, run, tile, Arena(workspace)).run();
         }
     });
 }

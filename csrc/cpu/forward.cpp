@@ -304,7 +304,11 @@ int64_t forward_workspace(const Problem& p) {
 }
 
 void forward(const Problem& p, const Sequence& sequence, const Tile& t, char* workspace) {
-    with_element(p.dtype, [&](auto element) { Forward<decltype(element)>(p, sequence, t, Arena(workspace)).run(); });
+    with_element(p.dtype, [&](auto element) {
+        using E = decltype(element);
+        [[maybe_unused]] const typename E::Product::InUse product;
+        Forward<E>(p, sequence, t, Arena(workspace)).run();
+    });
 }
 
 }  // namespace TF_ISA

@@ -5,6 +5,7 @@
 // bits: a float, or a pair of bf16 that one instruction multiplies and adds.
 #pragma once
 
+#include "amx.h"
 #include "simd.h"
 
 namespace tf {
@@ -12,6 +13,7 @@ namespace TF_ISA {
 namespace {
 
 struct Float32Product {
+    struct InUse {};
     static TF_INLINE F broadcast(const char* p) {
         float x;
         std::memcpy(&x, p, 4);
@@ -22,6 +24,11 @@ struct Float32Product {
 
 #if defined(__AVX512BF16__)
 struct Bf16PairProduct {
+#if defined(__AMX_BF16__)
+    using InUse = TilesInUse;
+#else
+    struct InUse {};
+#endif
     static TF_INLINE F broadcast(const char* p) {
         int32_t pair;
         std::memcpy(&pair, p, 4);
@@ -96,10 +103,15 @@ __attribute__((noinline)) void gemm(const void* a, int64_t a_stride, const float
         unroll<kMaxVectors>([&](auto less_one) TF_INLINE_LAMBDA {
             constexpr int V = less_one + 1;
             const bool mine = V == kMaxVectors ? vectors >= V : vectors == V;
-            if (mine) {
-                row_loop<Product, kAlong, kAdd, tile_rows_for(V), V>(a_bytes, a_stride, b, b_stride, c, c_stride, rows,
-                                                                     depth);
+            if (!mine) return;
+#if defined(__AMX_BF16__)
+            if constexpr (std::is_same_v<Product, Bf16PairProduct>) {
+                return tile_rows<kAlong == Along::rows, kAdd, V>(a_bytes, a_stride, b, b_stride, c, c_stride, rows,
+                                                                 depth);
             }
+#endif
+            row_loop<Product, kAlong, kAdd, tile_rows_for(V), V>(a_bytes, a_stride, b, b_stride, c, c_stride, rows,
+                                                                 depth);
         });
     }
 }

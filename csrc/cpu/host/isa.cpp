@@ -4,6 +4,14 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace tf {
 
 namespace portable {
@@ -18,6 +26,9 @@ extern const Kernels kKernels;
 namespace avx512_bf16 {
 extern const Kernels kKernels;
 }
+namespace amx_bf16 {
+extern const Kernels kKernels;
+}
 
 namespace {
 
@@ -29,13 +40,30 @@ namespace {
     return supports_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+[[maybe_unused]] bool supports_avx512_bf16() { return supports_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// Tiles are 8 KB of state a thread, which Linux gives to a process that asks for it (Linux 5.16 and later).
+[[maybe_unused]] bool supports_amx_bf16() {
+#if defined(__linux__)
+    unsigned a, b, c, d = 0;
+    const unsigned bf16 = 1u << 22, tiles = 1u << 24;
+    if (!supports_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (~d & (bf16 | tiles))) return false;
+    const long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+    return false;
+#endif
+}
 #endif
 
 std::vector<const Kernels*> find_kernels() {
     std::vector<const Kernels*> found;
     // The build says which of these exist, the machine which of them it can run.
+#if defined(TF_HAS_AMX_BF16)
+    if (supports_amx_bf16()) found.push_back(&amx_bf16::kKernels);
+#endif
 #if defined(TF_HAS_AVX512_BF16)
-    if (supports_avx512() && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16::kKernels);
+    if (supports_avx512_bf16()) found.push_back(&avx512_bf16::kKernels);
 #endif
 #if defined(TF_HAS_AVX512)
     if (supports_avx512()) found.push_back(&avx512::kKernels);

@@ -1,0 +1,143 @@
+// gemm.h's product on AMX tiles (Intel's Advanced Matrix Extensions, Sapphire Rapids and later): sixteen rows of A,
+// sixteen pairs of depth and sixteen lanes of B an instruction. The layouts of the vector kernels are what it reads:
+// A as rows of pairs, B as rows of lanes of pairs.
+#pragma once
+
+#if defined(__AMX_BF16__)
+
+#include "pack.h"
+
+namespace tf {
+namespace TF_ISA {
+namespace {
+
+constexpr int kSide = 16;  // rows of a tile, and 32-bit elements of its row
+
+// Tiles 0 to 3 are C. A and B have one each, and one each for what is left of the depth.
+enum : int { kTileA = 4, kTileB = 5, kTileATail = 6, kTileBTail = 7 };
+
+template <int kTile>
+TF_INLINE void tile_zero() {
+    __asm__ volatile("tilezero %%tmm%c0" : : "i"(kTile));
+}
+template <int kTile>
+TF_INLINE void tile_load(const void* from, int64_t stride) {
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(kTile) : "memory");
+}
+template <int kTile>
+TF_INLINE void tile_store(void* to, int64_t stride) {
+    __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(kTile) : "memory");
+}
+// C += A B
+template <int kC, int kA, int kB>
+TF_INLINE void tile_multiply_add() {
+    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
+}
+
+// The shapes that the processor's tiles have, and those alone: setting them takes as long as ten products (47 ns), so
+// it is done when they change. Whoever ran before on this thread may have set others: a task begins with `forget`.
+struct TileShapes {
+    int rows = 0, tail = 0;
+
+    TF_INLINE void require(int wanted_rows, int wanted_tail) {
+        if (rows != wanted_rows || tail != wanted_tail) set(wanted_rows, wanted_tail);
+    }
+    void forget() { rows = tail = 0; }
+
+  private:
+    __attribute__((noinline)) void set(int wanted_rows, int wanted_tail) {
+        struct alignas(64) {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t row_bytes[16] = {};
+            uint8_t row_count[16] = {};
+        } shapes;
+        static_assert(sizeof(shapes) == 64, "as the processor reads it");
+        const auto shape = [&](int tile, int row_count, int elements) {
+            shapes.row_count[tile] = static_cast<uint8_t>(row_count);
+            shapes.row_bytes[tile] = static_cast<uint16_t>(elements * 4);
+        };
+        for (int c = 0; c < 4; ++c) shape(c, wanted_rows, kSide);
+        shape(kTileA, wanted_rows, kSide);
+        shape(kTileB, kSide, kSide);
+        // Without a tail these go unused, but tiles have no shape of zero.
+        shape(kTileATail, wanted_rows, max_of(wanted_tail, 1));
+        shape(kTileBTail, max_of(wanted_tail, 1), kSide);
+        __asm__ volatile("ldtilecfg %0" : : "m"(shapes) : "memory");
+        rows = wanted_rows;
+        tail = wanted_tail;
+    }
+};
+
+inline thread_local TileShapes tile_shapes;
+
+// Held while a task computes. Released tiles cost nothing when the system switches threads.
+struct TilesInUse {
+    TilesInUse() { tile_shapes.forget(); }
+    ~TilesInUse() { __asm__ volatile("tilerelease"); }
+};
+
+// The A of up to 16 rows and 16 pairs, as a tile reads it: in place, or turned.
+template <bool kTurned>
+struct TileOfA {
+    alignas(64) float turned[kTurned ? kSide * kSide : 1];
+    const void* at;
+    int64_t stride;
+
+    TF_INLINE TileOfA(const char* a, int64_t a_stride, int rows, int depth) : at(a), stride(a_stride) {
+        if constexpr (kTurned) {
+            transpose(reinterpret_cast<const float*>(a), a_stride / 4, turned, kSide, depth, rows);
+            at = turned;
+            stride = kSide * 4;
+        }
+    }
+};
+
+// One row of tiles of C, V tiles wide, `rows` (up to 16) high.
+template <bool kTurned, bool kAdd, int V>
+TF_INLINE void tile_row(const char* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride,
+                        int rows, int64_t depth) {
+    const int64_t row_step = kTurned ? a_stride : 4;  // bytes from one pair of depth to the next
+    unroll<V>([&](auto v) TF_INLINE_LAMBDA {
+        if constexpr (kAdd) {
+            tile_load<v>(c + v * kSide, c_stride * 4);
+        } else {
+            tile_zero<v>();
+        }
+    });
+    const auto multiply = [&](auto tile_a, auto tile_b, int pairs) TF_INLINE_LAMBDA {
+        const TileOfA<kTurned> part(a, a_stride, rows, pairs);
+        tile_load<tile_a>(part.at, part.stride);
+        unroll<V>([&](auto v) TF_INLINE_LAMBDA {
+            tile_load<tile_b>(b + v * kSide, b_stride * 4);
+            tile_multiply_add<v, tile_a, tile_b>();
+        });
+        a += pairs * row_step;
+        b += pairs * b_stride;
+    };
+    for (; depth >= kSide; depth -= kSide) {
+        multiply(std::integral_constant<int, kTileA>{}, std::integral_constant<int, kTileB>{}, kSide);
+    }
+    if (depth > 0) {
+        multiply(std::integral_constant<int, kTileATail>{}, std::integral_constant<int, kTileBTail>{},
+                 static_cast<int>(depth));
+    }
+    unroll<V>([&](auto v) TF_INLINE_LAMBDA { tile_store<v>(c + v * kSide, c_stride * 4); });
+}
+
+// As gemm.h's `gemm`; `kTurned` where A is contiguous along its rows.
+template <bool kTurned, bool kAdd, int V>
+TF_INLINE void tile_rows(const char* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride,
+                         int64_t rows, int64_t depth) {
+    const int64_t row_bytes = kTurned ? 4 : a_stride;
+    for (int64_t r = 0; r < rows; r += kSide) {
+        const int count = static_cast<int>(min_of<int64_t>(kSide, rows - r));
+        tile_shapes.require(count, static_cast<int>(depth % kSide));
+        tile_row<kTurned, kAdd, V>(a + r * row_bytes, a_stride, b, b_stride, c + r * c_stride, c_stride, count, depth);
+    }
+}
+
+}  // namespace
+}  // namespace TF_ISA
+}  // namespace tf
+
+#endif

@@ -120,9 +120,10 @@ struct BackwardRun {
 // What one instruction set provides. Workspaces are in bytes, one for each thread, 64-byte aligned.
 struct Kernels {
     const char* name;
-    int64_t tile_rows;    // query rows of a tile
-    int64_t lanes;        // floats in a vector: rows of accumulators are padded to it
-    int64_t decode_rows;  // up to so many packed rows are decoded with lanes along head_dim
+    int64_t tile_rows;     // query rows of a tile
+    int64_t forward_rows;  // and of all the tiles that a task of `forward` may have
+    int64_t lanes;         // floats in a vector: rows of accumulators are padded to it
+    int64_t decode_rows;   // up to so many packed rows are decoded with lanes along head_dim
     int64_t (*forward_workspace)(const Problem&);
     void (*forward)(const Problem&, const Sequence&, const Tile&, char* workspace);
     int64_t (*decode_workspace)(const Problem&);

@@ -5,7 +5,7 @@
 
 #if defined(__AMX_BF16__)
 
-#include "pack.h"
+#include "simd.h"
 
 namespace tf {
 namespace TF_ISA {
@@ -34,13 +34,13 @@ TF_INLINE void tile_multiply_add() {
     __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
 }
 
-// The shapes that the processor's tiles have, and those alone: setting them takes as long as ten products (47 ns), so
-// it is done when they change. Whoever ran before on this thread may have set others: a task begins with `forget`.
+// The shapes that the processor's tiles have: setting them takes as long as ten products (47 ns), so it is done when
+// others are needed. Whoever ran before on this thread may have set others: a task begins with `forget`.
 struct TileShapes {
     int rows = 0, tail = 0;
 
     TF_INLINE void require(int wanted_rows, int wanted_tail) {
-        if (rows != wanted_rows || tail != wanted_tail) set(wanted_rows, wanted_tail);
+        if (rows != wanted_rows || (wanted_tail != 0 && tail != wanted_tail)) set(wanted_rows, wanted_tail);
     }
     void forget() { rows = tail = 0; }
 
@@ -59,7 +59,7 @@ struct TileShapes {
         for (int c = 0; c < 4; ++c) shape(c, wanted_rows, kSide);
         shape(kTileA, wanted_rows, kSide);
         shape(kTileB, kSide, kSide);
-        // Without a tail these go unused, but tiles have no shape of zero.
+        // Without a tail these go unused; a shape of zero would be an error.
         shape(kTileATail, wanted_rows, max_of(wanted_tail, 1));
         shape(kTileBTail, max_of(wanted_tail, 1), kSide);
         __asm__ volatile("ldtilecfg %0" : : "m"(shapes) : "memory");
@@ -76,27 +76,10 @@ struct TilesInUse {
     ~TilesInUse() { __asm__ volatile("tilerelease"); }
 };
 
-// The A of up to 16 rows and 16 pairs, as a tile reads it: in place, or turned.
-template <bool kTurned>
-struct TileOfA {
-    alignas(64) float turned[kTurned ? kSide * kSide : 1];
-    const void* at;
-    int64_t stride;
-
-    TF_INLINE TileOfA(const char* a, int64_t a_stride, int rows, int depth) : at(a), stride(a_stride) {
-        if constexpr (kTurned) {
-            transpose(reinterpret_cast<const float*>(a), a_stride / 4, turned, kSide, depth, rows);
-            at = turned;
-            stride = kSide * 4;
-        }
-    }
-};
-
-// One row of tiles of C, V tiles wide, `rows` (up to 16) high.
-template <bool kTurned, bool kAdd, int V>
+// One row of tiles of C, V tiles wide.
+template <bool kAdd, int V>
 TF_INLINE void tile_row(const char* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride,
-                        int rows, int64_t depth) {
-    const int64_t row_step = kTurned ? a_stride : 4;  // bytes from one pair of depth to the next
+                        int64_t depth) {
     unroll<V>([&](auto v) TF_INLINE_LAMBDA {
         if constexpr (kAdd) {
             tile_load<v>(c + v * kSide, c_stride * 4);
@@ -104,35 +87,28 @@ TF_INLINE void tile_row(const char* a, int64_t a_stride, const float* b, int64_t
             tile_zero<v>();
         }
     });
-    const auto multiply = [&](auto tile_a, auto tile_b, int pairs) TF_INLINE_LAMBDA {
-        const TileOfA<kTurned> part(a, a_stride, rows, pairs);
-        tile_load<tile_a>(part.at, part.stride);
+    const auto multiply = [&](auto tile_a, auto tile_b) TF_INLINE_LAMBDA {
+        tile_load<tile_a>(a, a_stride);
         unroll<V>([&](auto v) TF_INLINE_LAMBDA {
             tile_load<tile_b>(b + v * kSide, b_stride * 4);
             tile_multiply_add<v, tile_a, tile_b>();
         });
-        a += pairs * row_step;
-        b += pairs * b_stride;
     };
-    for (; depth >= kSide; depth -= kSide) {
-        multiply(std::integral_constant<int, kTileA>{}, std::integral_constant<int, kTileB>{}, kSide);
+    for (; depth >= kSide; depth -= kSide, a += kSide * 4, b += kSide * b_stride) {
+        multiply(std::integral_constant<int, kTileA>{}, std::integral_constant<int, kTileB>{});
     }
-    if (depth > 0) {
-        multiply(std::integral_constant<int, kTileATail>{}, std::integral_constant<int, kTileBTail>{},
-                 static_cast<int>(depth));
-    }
+    if (depth > 0) multiply(std::integral_constant<int, kTileATail>{}, std::integral_constant<int, kTileBTail>{});
     unroll<V>([&](auto v) TF_INLINE_LAMBDA { tile_store<v>(c + v * kSide, c_stride * 4); });
 }
 
-// As gemm.h's `gemm`; `kTurned` where A is contiguous along its rows.
-template <bool kTurned, bool kAdd, int V>
+// As gemm.h's `gemm` with V vectors and A along its depth.
+template <bool kAdd, int V>
 TF_INLINE void tile_rows(const char* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride,
                          int64_t rows, int64_t depth) {
-    const int64_t row_bytes = kTurned ? 4 : a_stride;
-    for (int64_t r = 0; r < rows; r += kSide) {
-        const int count = static_cast<int>(min_of<int64_t>(kSide, rows - r));
-        tile_shapes.require(count, static_cast<int>(depth % kSide));
-        tile_row<kTurned, kAdd, V>(a + r * row_bytes, a_stride, b, b_stride, c + r * c_stride, c_stride, count, depth);
+    const int tail = static_cast<int>(depth % kSide);
+    for (; rows > 0; rows -= kSide, a += kSide * a_stride, c += kSide * c_stride) {
+        tile_shapes.require(static_cast<int>(min_of<int64_t>(kSide, rows)), tail);
+        tile_row<kAdd, V>(a, a_stride, b, b_stride, c, c_stride, depth);
     }
 }
 

@@ -29,7 +29,7 @@ struct BackwardScratch {
         dout_t = arena.floats(round_up(E::elements(p.head_dim_v), 4) * kRows);
         query_rows = arena.floats(E::elements(kRows) * width);
         dout_rows = arena.floats(E::elements(kRows) * width_v);
-        dquery_t = arena.floats(round_up(p.head_dim, 4) * kRows);
+        dquery_t = arena.floats(by_keys_rows(p.head_dim) * kRows);
         staged_rows = arena.floats(kRows * longest);
         staged_out = arena.floats(2 * longest);
         scores = arena.floats(kKeys * kRows);
@@ -40,7 +40,7 @@ struct BackwardScratch {
         delta = arena.floats(kRows);
         staged_key = arena.floats(kKeys * round_up(p.head_dim, 4));
         staged_value = arena.floats(kKeys * round_up(p.head_dim_v, 4));
-        key_columns = arena.floats(kKeys * round_up(p.head_dim, 4));
+        key_columns = arena.floats(by_keys_floats(p.head_dim));
         if (E::kPaired) {
             scores_bf16 = arena.floats(kKeys * kRows / 2);
             dscores_bf16 = arena.floats(kKeys * kRows / 2);
@@ -53,8 +53,8 @@ struct BackwardScratch {
 struct BackwardBlock {
     int64_t begin, end;
     const char *key, *value;  // rows, for S and dP
-    const char* columns;      // K by keys (or pairs of keys), for dQ; without NaN and Inf in a dirty block
-    int64_t key_stride, value_stride, columns_stride;
+    int64_t key_stride, value_stride;
+    ByKeys by_keys;  // K, for dQ; without NaN and Inf in a dirty block
     bool dirty;
 };
 
@@ -69,7 +69,7 @@ class Backward : BackwardScratch<E> {
 
     void run() {
         load_rows();
-        std::memset(dquery_t, 0, static_cast<size_t>(round_up(p.head_dim, 4)) * kRows * 4);
+        std::memset(dquery_t, 0, static_cast<size_t>(by_keys_rows(p.head_dim)) * kRows * 4);
         for (int64_t n = tile.begin; n < tile.end; n += kKeys) visit(n, min_of(n + kKeys, tile.end));
         store_dquery();
     }
@@ -147,13 +147,13 @@ class Backward : BackwardScratch<E> {
         const char* key = row_of(p.key, E::kSize, batch(), tile.kv_head, tile.s.first_key + n0);
         const char* value = row_of(p.value, E::kSize, batch(), tile.kv_head, tile.s.first_key + n0);
         const int64_t key_stride = p.key.row * E::kSize, value_stride = p.value.row * E::kSize;
-        BackwardBlock block{n0, n1, key, value, key, key_stride, value_stride, key_stride, false};
+        BackwardBlock block{n0, n1, key, value, key_stride, value_stride, {}, false};
         for (int64_t j = 0; hides && j < n1 - n0 && !block.dirty; ++j) {
             block.dirty = !row_is_finite(E::kType, key + j * key_stride, p.head_dim);
         }
+        block.by_keys = stage_by_keys<E>(n1 - n0, p.head_dim, block.dirty, key, key_stride, key_columns);
         stage_depth<E>(n1 - n0, p.head_dim, block.key, block.key_stride, staged_key);
         stage_depth<E>(n1 - n0, p.head_dim_v, block.value, block.value_stride, staged_value);
-        stage_by_keys<E>(n1 - n0, p.head_dim, block.dirty, block.columns, block.columns_stride, key_columns);
         return block;
     }
 
@@ -183,9 +183,9 @@ class Backward : BackwardScratch<E> {
                                           run_.dvalue + at * width_v, width_v, keys, width_v / kLanes, depth);
         gemm<Product, Along::depth, true>(gradients + first, row_bytes, query_rows + first * width, width,
                                           run_.dkey + at * width, width, keys, width / kLanes, depth);
-        gemm<Product, Along::rows, true>(block.columns + E::elements(from) * block.columns_stride, block.columns_stride,
-                                         gradients_by_key + lanes, kRows, dquery_t + lanes, kRows, p.head_dim, count,
-                                         E::elements(keys));
+        gemm<Product, E::kByKeys, true>(block.by_keys.template from<E>(from), block.by_keys.stride,
+                                        gradients_by_key + lanes, kRows, dquery_t + lanes, kRows, block.by_keys.rows,
+                                        count, E::elements(keys));
         if (block.dirty) add_dirty_keys(v0, count, k0, k1);
     }
 

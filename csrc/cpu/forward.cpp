@@ -1,4 +1,6 @@
-// Forward pass of one query tile: online softmax over blocks of keys (Milakov & Gimelshein 2018; Dao et al. 2022).
+// Forward pass of a few query tiles: online softmax over blocks of keys (Milakov & Gimelshein 2018; Dao et al. 2022).
+#include <optional>
+
 #include "kernels.h"
 #include "key_rows.h"
 
@@ -10,115 +12,149 @@ namespace {
 // exact enough, and the accumulator is seldom rescaled (the idea is FlashAttention-4's).
 constexpr float kRescaleThreshold = 8.0f;
 
-// A block of keys from `begin` on, with K and V as the products read them; strides in bytes.
-struct KeyBlock {
-    int64_t begin;
-    const char *key, *value;
-    int64_t key_stride, value_stride;
-    bool dirty;  // NaN or Inf in V, which must not reach the rows that do not see it; only looked for where some do not
-};
+// Tiles of a task: they share each block of keys, which is brought together, turned or converted once for all.
+constexpr int kTiles = 4;
 
+// Scratch of a task, and of each of its tiles.
 template <class E>
 struct ForwardScratch {
     BiasScratch bias;
-    float *query_t, *scores, *out_t, *staged_rows, *staged_key, *staged_value, *row_max, *row_sum;
+    float *scores, *staged_rows, *staged_key, *staged_value;
     char *gathered_key, *gathered_value;  // rows out of several pages
+    struct {
+        float *query_t, *out_t, *row_max, *row_sum;
+    } tile[kTiles];
 
     ForwardScratch(const Problem& p, Arena& arena) : bias(p, arena) {
-        query_t = arena.floats(round_up(E::elements(p.head_dim), 4) * kRows);
         scores = arena.floats(kKeys * kRows);
-        out_t = arena.floats(round_up(p.head_dim_v, 4) * kRows);
         staged_rows = arena.floats(kRows * round_up(max_of(p.head_dim, p.head_dim_v), 4));
         staged_key = arena.floats(kKeys * round_up(p.head_dim, 4));
-        staged_value = arena.floats(kKeys * round_up(p.head_dim_v, 4));
-        row_max = arena.floats(kRows);
-        row_sum = arena.floats(kRows);
+        staged_value = arena.floats(by_keys_floats(p.head_dim_v));
         const int64_t gathered = p.page_size > 0 ? kKeys : 0;
         gathered_key = reinterpret_cast<char*>(arena.floats(gathered * ceil_div(p.head_dim * E::kSize, 4)));
         gathered_value = reinterpret_cast<char*>(arena.floats(gathered * ceil_div(p.head_dim_v * E::kSize, 4)));
+        for (auto& mine : tile) {
+            mine.query_t = arena.floats(round_up(E::elements(p.head_dim), 4) * kRows);
+            mine.out_t = arena.floats(by_keys_rows(p.head_dim_v) * kRows);
+            mine.row_max = arena.floats(kRows);
+            mine.row_sum = arena.floats(kRows);
+        }
     }
 };
 
+// The keys [begin, end) with K and V as the products read them; strides in bytes. Loaded when a tile asks for them.
 template <class E>
-class Forward : ForwardScratch<E> {
-  public:
-    Forward(const Problem& problem, const Sequence& sequence, const Tile& t, Arena arena)
-        : ForwardScratch<E>(problem, arena),
-          p(problem),
-          tile(problem, sequence, t.kv_head, t.first_row, t.rows, this->bias) {}
+struct KeyBlock {
+    const int64_t begin, end;
+    const char *key = nullptr, *value = nullptr;
+    int64_t key_stride = 0, value_stride = 0;
+    ByKeys by_keys{};    // V
+    bool dirty = false;  // NaN or Inf in V, which must not reach the rows that do not see it
+    bool loaded = false, checked = false;
 
-    void run() {
-        pack_rows_transposed<E>(tile, p.query, p.head_dim, staged_rows, query_t);
-        std::memset(out_t, 0, static_cast<size_t>(round_up(p.head_dim_v, 4)) * kRows * 4);
-        for (int i = 0; i < kRows; ++i) {
-            row_max[i] = -kInfinity;
-            row_sum[i] = 0.0f;
+    // `hides`: some row does not see some key, so NaN and Inf are looked for.
+    void load(const Problem& p, const Sequence& s, int64_t kv_head, const ForwardScratch<E>& scratch, bool hides) {
+        if (loaded && (checked || !hides)) return;
+        find(p, s, kv_head, scratch);
+        for (int64_t j = 0; hides && j < end - begin && !dirty; ++j) {
+            dirty = !row_is_finite(E::kType, value + j * value_stride, p.head_dim_v);
         }
-        for (int64_t n = tile.begin; n < tile.end; n += kKeys) visit(n, min_of(n + kKeys, tile.end));
-        finish();
+        loaded = true, checked = hides;
+        stage_depth<E>(end - begin, p.head_dim, key, key_stride, scratch.staged_key);
+        by_keys = stage_by_keys<E>(end - begin, p.head_dim_v, dirty, value, value_stride, scratch.staged_value);
     }
 
   private:
-    using Scratch = ForwardScratch<E>;
-    using Scratch::query_t, Scratch::scores, Scratch::out_t, Scratch::staged_rows, Scratch::staged_key;
-    using Scratch::staged_value, Scratch::row_max, Scratch::row_sum, Scratch::gathered_key, Scratch::gathered_value;
-
-    const Problem& p;
-    QueryTile tile;
-
-    // One block of keys: as a whole where every row sees every key, else vector by vector in its own range.
-    void visit(int64_t n0, int64_t n1) {
-        if (tile.is_full(n0, n1)) {
-            attend(load_block(n0, n1, p.has_float_bias()), 0, tile.vectors, n0, n1, false);
-            return;
-        }
-        bool loaded = false;
-        KeyBlock block{};
-        tile.for_each_segment(n0, n1, E::kPaired, [&](int v, int count, int64_t k0, int64_t k1, bool masked) {
-            if (!loaded) block = load_block(n0, n1, true);
-            loaded = true;
-            attend(block, v, count, k0, k1, masked);
-        });
-    }
-
-    KeyBlock load_block(int64_t n0, int64_t n1, bool hides) {
-        const int64_t keys = n1 - n0;
-        KeyBlock block = find_block(n0, n1);
-        for (int64_t j = 0; hides && j < keys && !block.dirty; ++j) {
-            block.dirty = !row_is_finite(E::kType, block.value + j * block.value_stride, p.head_dim_v);
-        }
-        stage_depth<E>(keys, p.head_dim, block.key, block.key_stride, staged_key);
-        stage_by_keys<E>(keys, p.head_dim_v, block.dirty, block.value, block.value_stride, staged_value);
-        return block;
-    }
-
     // K and V where they lie; rows of several pages are brought together first.
-    KeyBlock find_block(int64_t n0, int64_t n1) const {
-        KeyBlock block{n0, gathered_key, gathered_value, pitch(p.head_dim), pitch(p.head_dim_v), false};
-        for_each_run(p, tile.s, n0, n1, [&](const Run& run) {
-            const char* key = run.of(p.key, E::kSize, tile.kv_head);
-            const char* value = run.of(p.value, E::kSize, tile.kv_head);
-            if (run.count == n1 - n0) {
-                block = {n0, key, value, p.key.row * E::kSize, p.value.row * E::kSize, false};
+    void find(const Problem& p, const Sequence& s, int64_t kv_head, const ForwardScratch<E>& scratch) {
+        key = scratch.gathered_key, key_stride = pitch(p.head_dim);
+        value = scratch.gathered_value, value_stride = pitch(p.head_dim_v);
+        for_each_run(p, s, begin, end, [&](const Run& run) {
+            const char *key_rows = run.of(p.key, E::kSize, kv_head), *value_rows = run.of(p.value, E::kSize, kv_head);
+            if (run.count == end - begin) {
+                key = key_rows, key_stride = p.key.row * E::kSize;
+                value = value_rows, value_stride = p.value.row * E::kSize;
                 return;
             }
-            gather(key, p.key.row, run, n0, p.head_dim, gathered_key);
-            gather(value, p.value.row, run, n0, p.head_dim_v, gathered_value);
+            gather(key_rows, p.key.row, run, p.head_dim, scratch.gathered_key);
+            gather(value_rows, p.value.row, run, p.head_dim_v, scratch.gathered_value);
         });
-        return block;
     }
 
     static int64_t pitch(int64_t columns) { return round_up(columns * E::kSize, 4); }  // bytes of a gathered row
 
-    static void gather(const char* rows, int64_t stride, const Run& run, int64_t n0, int64_t columns, char* gathered) {
+    void gather(const char* rows, int64_t stride, const Run& run, int64_t columns, char* gathered) const {
         for (int64_t j = 0; j < run.count; ++j) {
-            std::memcpy(gathered + (run.first - n0 + j) * pitch(columns), rows + j * stride * E::kSize,
+            std::memcpy(gathered + (run.first - begin + j) * pitch(columns), rows + j * stride * E::kSize,
                         static_cast<size_t>(columns * E::kSize));
         }
     }
+};
+
+// One tile. The task that has it calls `start`, `visit` for each block of keys in order, and `finish`.
+template <class E>
+class Forward {
+  public:
+    Forward(const Problem& problem, const Sequence& sequence, const Tile& t, const ForwardScratch<E>& task_scratch,
+            int index)
+        : p(problem),
+          scratch(task_scratch),
+          scores(scratch.scores),
+          query_t(scratch.tile[index].query_t),
+          out_t(scratch.tile[index].out_t),
+          row_max(scratch.tile[index].row_max),
+          row_sum(scratch.tile[index].row_sum),
+          tile(problem, sequence, t.kv_head, t.first_row, t.rows, scratch.bias) {}
+
+    Interval keys() const { return {tile.begin, tile.end}; }
+
+    void start() {
+        pack_rows_transposed<E>(tile, p.query, p.head_dim, scratch.staged_rows, query_t);
+        std::memset(out_t, 0, static_cast<size_t>(by_keys_rows(p.head_dim_v)) * kRows * 4);
+        for (int i = 0; i < kRows; ++i) {
+            row_max[i] = -kInfinity;
+            row_sum[i] = 0.0f;
+        }
+    }
+
+    // One block of keys: as a whole where every row sees every key, else vector by vector in its own range.
+    void visit(KeyBlock<E>& block) {
+        if (tile.is_full(block.begin, block.end)) {
+            block.load(p, tile.s, tile.kv_head, scratch, p.has_float_bias());
+            attend(block, 0, tile.vectors, block.begin, block.end, false);
+            return;
+        }
+        tile.for_each_segment(block.begin, block.end, E::kPaired,
+                              [&](int v, int count, int64_t k0, int64_t k1, bool masked) {
+                                  block.load(p, tile.s, tile.kv_head, scratch, true);
+                                  attend(block, v, count, k0, k1, masked);
+                              });
+    }
+
+    // The sink joins the sum, rows are normalised and go home.
+    void finish() {
+        for (int v = 0; v < tile.vectors; ++v) normalise(v);
+        const int64_t width = round_up(p.head_dim_v, 4);
+        float* rows = scratch.staged_rows;
+        transpose(out_t, kRows, rows, width, width, round_up(tile.rows, 4));
+        for (int lane = 0; lane < tile.rows; ++lane) {
+            char* to = const_cast<char*>(row_of(p.out, E::kSize, p.packed ? 0 : tile.s.index, tile.head[lane],
+                                                tile.s.first_query + tile.position[lane]));
+            store_row<E::kType>(rows + lane * width, p.head_dim_v, 1.0f, to);
+        }
+        for (int lane = 0; lane < tile.rows; ++lane) {
+            store_statistics(p, tile.s, tile.head[lane], tile.position[lane], row_max[lane], row_sum[lane]);
+        }
+    }
+
+  private:
+    const Problem& p;
+    const ForwardScratch<E>& scratch;
+    float *const scores, *const query_t, *const out_t, *const row_max, *const row_sum;
+    QueryTile tile;
 
     // Keys [k0, k1) of a block for vectors [v0, v0 + count).
-    void attend(const KeyBlock& block, int v0, int count, int64_t k0, int64_t k1, bool masked) {
+    void attend(const KeyBlock<E>& block, int v0, int count, int64_t k0, int64_t k1, bool masked) {
         const int64_t keys = k1 - k0;
         float* scores_v = scores + v0 * kLanes;
         gemm<typename E::Product, Along::depth, false>(block.key + (k0 - block.begin) * block.key_stride,
@@ -130,10 +166,9 @@ class Forward : ForwardScratch<E> {
             const int some = min_of(4, v0 + count - v);
             softmax_of(some, v, k0, k1);
         }
-        const int64_t first = E::elements(k0 - block.begin);
-        gemm<typename E::Product, Along::rows, true>(block.value + first * block.value_stride, block.value_stride,
-                                                     scores_v, kRows, out_t + v0 * kLanes, kRows, p.head_dim_v, count,
-                                                     E::elements(keys));
+        gemm<typename E::Product, E::kByKeys, true>(block.by_keys.template from<E>(k0 - block.begin),
+                                                    block.by_keys.stride, scores_v, kRows, out_t + v0 * kLanes, kRows,
+                                                    block.by_keys.rows, count, E::elements(keys));
         if (block.dirty) add_dirty_values(v0, count, k0, k1);
     }
 
@@ -174,16 +209,21 @@ class Forward : ForwardScratch<E> {
         if (p.dropout_p > 0.0) {
             unroll<V>([&](auto v) TF_INLINE_LAMBDA { exponentials_dropped(v0 + v, k0, k1, factor, limit[v], sum[v]); });
         } else if constexpr (E::kPaired) {
-            for (int64_t j = 0; j < keys; j += 2) {
-                const bool both = j + 1 < keys;
+            const float* from = at;
+            float* to = at;
+            F shift[V];  // a product of its own: errors of a score's last place are nothing beside bf16's
+            unroll<V>([&](auto v) TF_INLINE_LAMBDA { shift[v] = limit[v] * factor; });
+            const auto exponentials = [&](auto both) TF_INLINE_LAMBDA {
                 unroll<V>([&](auto v) TF_INLINE_LAMBDA {
-                    const float* from = at + j * kRows + v * kLanes;
-                    const F e0 = exp2<E::kExpDegree>((load(from) - limit[v]) * factor);
-                    const F e1 = both ? exp2<E::kExpDegree>((load(from + kRows) - limit[v]) * factor) : zero();
+                    const float* x = from + v * kLanes;
+                    const F e0 = exp2<E::kExpDegree>(load(x) * factor - shift[v]);
+                    const F e1 = both ? exp2<E::kExpDegree>(load(x + kRows) * factor - shift[v]) : zero();
                     sum[v] += e0 + e1;
-                    store(at + j / 2 * kRows + v * kLanes, pair_bf16(e0, e1));
+                    store(to + v * kLanes, pair_bf16(e0, e1));
                 });
-            }
+            };
+            for (int64_t j = 0; j + 1 < keys; j += 2, from += 2 * kRows, to += kRows) exponentials(std::true_type{});
+            if (keys % 2 == 1) exponentials(std::false_type{});
         } else {
             for (int64_t j = 0; j < keys; ++j) {
                 unroll<V>([&](auto v) TF_INLINE_LAMBDA {
@@ -258,40 +298,54 @@ class Forward : ForwardScratch<E> {
         return scores[j * kRows + lane];
     }
 
-    // The sink joins the sum, rows are normalised and go home.
-    void finish() {
-        for (int v = 0; v < tile.vectors; ++v) {
-            alignas(64) float sink[kLanes];
-            for (int i = 0; i < kLanes; ++i) sink[i] = sink_of(p, tile.head[v * kLanes + i]);
-            const F m = load(row_max + v * kLanes), l = load(row_sum + v * kLanes), extra = load(sink);
-            const F fresh = maximum(extra, m);
-            const F safe = select(fresh == -kInfinity, zero(), fresh);
-            const F shrink = exp2<5>((m - safe) * p.score_log2());
-            const F total = l * shrink + exp2<5>((extra - safe) * p.score_log2());
-            const I empty = (m == -kInfinity) & (l == 0.0f);  // scores that are all NaN leave no maximum, but a sum
-            const F inverse = select(empty, zero(), 1.0f / total);
-            const F scale = inverse * shrink;
-            for (int64_t d = 0; d < p.head_dim_v; ++d) {
-                float* o = out_t + d * kRows + v * kLanes;
-                store(o, select(empty, zero(), load(o) * scale));
-            }
-            store(row_max + v * kLanes, select(empty, set1(-kInfinity), safe));
-            store(row_sum + v * kLanes, total);
+    void normalise(int v) {
+        alignas(64) float sink[kLanes];
+        for (int i = 0; i < kLanes; ++i) sink[i] = sink_of(p, tile.head[v * kLanes + i]);
+        const F m = load(row_max + v * kLanes), l = load(row_sum + v * kLanes), extra = load(sink);
+        const F fresh = maximum(extra, m);
+        const F safe = select(fresh == -kInfinity, zero(), fresh);
+        const F shrink = exp2<5>((m - safe) * p.score_log2());
+        const F total = l * shrink + exp2<5>((extra - safe) * p.score_log2());
+        const I empty = (m == -kInfinity) & (l == 0.0f);  // scores that are all NaN leave no maximum, but a sum
+        const F inverse = select(empty, zero(), 1.0f / total);
+        const F scale = inverse * shrink;
+        for (int64_t d = 0; d < p.head_dim_v; ++d) {
+            float* o = out_t + d * kRows + v * kLanes;
+            store(o, select(empty, zero(), load(o) * scale));
         }
-        const int64_t width = round_up(p.head_dim_v, 4);
-        transpose(out_t, kRows, staged_rows, width, width, round_up(tile.rows, 4));
-        for (int lane = 0; lane < tile.rows; ++lane) {
-            char* to = const_cast<char*>(row_of(p.out, E::kSize, p.packed ? 0 : tile.s.index, tile.head[lane],
-                                                tile.s.first_query + tile.position[lane]));
-            store_row<E::kType>(staged_rows + lane * width, p.head_dim_v, 1.0f, to);
-        }
-        for (int lane = 0; lane < tile.rows; ++lane) {
-            store_statistics(p, tile.s, tile.head[lane], tile.position[lane], row_max[lane], row_sum[lane]);
-        }
+        store(row_max + v * kLanes, select(empty, set1(-kInfinity), safe));
+        store(row_sum + v * kLanes, total);
     }
 };
 
+template <class E>
+void forward_tiles(const Problem& p, const Sequence& sequence, const Tile& t, const ForwardScratch<E>& scratch) {
+    std::optional<Forward<E>> tiles[kTiles];
+    int count = 0;
+    Interval keys{0, 0};
+    for (int64_t r = 0; r < t.rows; r += kRows, ++count) {
+        const Tile part{t.sequence, t.kv_head, t.first_row + r, min_of<int64_t>(kRows, t.rows - r)};
+        tiles[count].emplace(p, sequence, part, scratch, count);
+        tiles[count]->start();
+        const Interval seen = tiles[count]->keys();
+        if (seen.lo >= seen.hi) continue;
+        keys = keys.lo < keys.hi ? Interval{min_of(keys.lo, seen.lo), max_of(keys.hi, seen.hi)} : seen;
+    }
+    // Blocks begin where they would for any other tiles: a row's bits do not depend on whom it shares a task with.
+    keys.lo -= (keys.lo - sequence.mask.start) % kKeys;
+    for (int64_t n = keys.lo; n < keys.hi; n += kKeys) {
+        KeyBlock<E> block{n, min_of(n + kKeys, keys.hi)};
+        for (int i = 0; i < count; ++i) {
+            const Interval seen = tiles[i]->keys();
+            if (seen.lo < block.end && block.begin < seen.hi) tiles[i]->visit(block);
+        }
+    }
+    for (int i = 0; i < count; ++i) tiles[i]->finish();
+}
+
 }  // namespace
+
+const int64_t kForwardRows = kTiles * kRows;
 
 int64_t forward_workspace(const Problem& p) {
     int64_t bytes = 0;
@@ -307,7 +361,8 @@ void forward(const Problem& p, const Sequence& sequence, const Tile& t, char* wo
     with_element(p.dtype, [&](auto element) {
         using E = decltype(element);
         [[maybe_unused]] const typename E::Product::InUse product;
-        Forward<E>(p, sequence, t, Arena(workspace)).run();
+        Arena arena(workspace);
+        forward_tiles<E>(p, sequence, t, ForwardScratch<E>(p, arena));
     });
 }
 

@@ -12,7 +12,12 @@ namespace tf {
 namespace TF_ISA {
 namespace {
 
+// Which dimension of A is contiguous; the other has the stride that is passed.
+enum class Along { depth, rows };
+
+// A product's kByKeys says how it wants K or V where its depth is keys: in place, along its rows, or turned.
 struct Float32Product {
+    static constexpr Along kByKeys = Along::rows;
     struct InUse {};
     static TF_INLINE F broadcast(const char* p) {
         float x;
@@ -25,8 +30,10 @@ struct Float32Product {
 #if defined(__AVX512BF16__)
 struct Bf16PairProduct {
 #if defined(__AMX_BF16__)
+    static constexpr Along kByKeys = Along::depth;
     using InUse = TilesInUse;
 #else
+    static constexpr Along kByKeys = Along::rows;
     struct InUse {};
 #endif
     static TF_INLINE F broadcast(const char* p) {
@@ -40,9 +47,6 @@ struct Bf16PairProduct {
     }
 };
 #endif
-
-// Which dimension of A is contiguous; the other has the stride that is passed.
-enum class Along { depth, rows };
 
 // Rows of C that one register tile holds beside V vectors: about 16 accumulators with 32 registers, 12 with 16.
 #if defined(__AVX512F__)
@@ -106,8 +110,8 @@ __attribute__((noinline)) void gemm(const void* a, int64_t a_stride, const float
             if (!mine) return;
 #if defined(__AMX_BF16__)
             if constexpr (std::is_same_v<Product, Bf16PairProduct>) {
-                return tile_rows<kAlong == Along::rows, kAdd, V>(a_bytes, a_stride, b, b_stride, c, c_stride, rows,
-                                                                 depth);
+                static_assert(kAlong == Along::depth, "tiles are loaded by rows");
+                return tile_rows<kAdd, V>(a_bytes, a_stride, b, b_stride, c, c_stride, rows, depth);
             }
 #endif
             row_loop<Product, kAlong, kAdd, tile_rows_for(V), V>(a_bytes, a_stride, b, b_stride, c, c_stride, rows,

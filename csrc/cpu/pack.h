@@ -75,29 +75,33 @@ inline void load_pair_row(const char* first, const char* second, int64_t count, 
     }
 }
 
-#if defined(__AVX512BF16__)
-// Element 2i from place i, element 2i + 1 from place 16 + i.
-TF_INLINE __m512i interleave_index() {
-    const __m512i low = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(16)), 16));
-}
-#endif
-
-// Two vectors of floats, rounded to bf16, as pairs (a[i], b[i]).
+// Two vectors of floats, rounded to bf16, as pairs (a[i], b[i]). Adding half of the last place that stays rounds to
+// nearest, ties away from zero; the instruction that rounds ties to even takes as long as four of these.
 TF_INLINE F pair_bf16(F a, F b) {
 #if defined(__AVX512BF16__)
-    const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a));
-    return reinterpret_cast<F>(_mm512_permutexvar_epi16(interleave_index(), reinterpret_cast<__m512i>(both)));
+    const U low = (as_bits(a) + 0x8000u) >> 16, high = as_bits(b) + 0x8000u;
+    return reinterpret_cast<F>(_mm512_mask_blend_epi16(0xAAAAAAAAu, reinterpret_cast<__m512i>(low),
+                                                       reinterpret_cast<__m512i>(high)));
 #else
     (void)b;
     return a;
 #endif
 }
 
+// Two rows of bf16 as pairs (first[i], second[i]), in the order that one instruction a vector gives: of each quarter
+// of the row, the first half goes to `low` and the second to `high`.
+TF_INLINE void interleave(F first, F second, F& low, F& high) {
+#if defined(__AVX512F__)
+    const __m512i a = reinterpret_cast<__m512i>(first), b = reinterpret_cast<__m512i>(second);
+    low = reinterpret_cast<F>(_mm512_unpacklo_epi16(a, b));
+    high = reinterpret_cast<F>(_mm512_unpackhi_epi16(a, b));
+#else
+    (void)first, (void)second, (void)low, (void)high;  // only AVX-512 has paired products
+#endif
+}
+
 // A square of kLanes by kLanes, turned in registers: step s exchanges the off-diagonal blocks of s by s.
-TF_INLINE void transpose_square(const float* source, int64_t source_stride, float* target, int64_t target_stride) {
-    F row[kLanes];
-    unroll<kLanes>([&](auto r) TF_INLINE_LAMBDA { row[r] = load(source + r * source_stride); });
+TF_INLINE void transpose_square(F (&row)[kLanes]) {
     const auto step = [&](auto size) TF_INLINE_LAMBDA {
         constexpr int s = size;
         I upper, lower;
@@ -117,6 +121,12 @@ TF_INLINE void transpose_square(const float* source, int64_t source_stride, floa
     step(std::integral_constant<int, 2>{});
     if constexpr (kLanes > 4) step(std::integral_constant<int, 4 % kLanes>{});
     if constexpr (kLanes > 8) step(std::integral_constant<int, 8 % kLanes>{});
+}
+
+TF_INLINE void transpose_square(const float* source, int64_t source_stride, float* target, int64_t target_stride) {
+    F row[kLanes];
+    unroll<kLanes>([&](auto r) TF_INLINE_LAMBDA { row[r] = load(source + r * source_stride); });
+    transpose_square(row);
     unroll<kLanes>([&](auto r) TF_INLINE_LAMBDA { store(target + r * target_stride, row[r]); });
 }
 
@@ -135,6 +145,39 @@ inline void transpose(const float* source, int64_t source_stride, float* target,
             target[c * target_stride + r] = source[r * source_stride + c];
         }
     }
+}
+
+// Rows of bf16 turned, in whole squares of 32: row d of the target holds element d of each source row, in order, and
+// zeros for rows and columns that the source lacks. Strides in bytes and in floats.
+inline void turn_bf16(const char* source, int64_t stride, int64_t rows, int64_t columns, float* target,
+                      int64_t target_stride) {
+#if defined(__AVX512BF16__)
+    for (int64_t c = 0; c < columns; c += 32) {
+        const __mmask32 some = columns - c >= 32 ? ~0u : (1u << (columns - c)) - 1;
+        for (int64_t r = 0; r < rows; r += 32) {
+            const auto load_some = [&](int64_t row) TF_INLINE_LAMBDA {
+                const bool is_there = r + row < rows;
+                const char* from = source + (is_there ? (r + row) * stride + c * 2 : 0);
+                return reinterpret_cast<F>(_mm512_maskz_loadu_epi16(is_there ? some : 0, from));
+            };
+            // Half of the columns after the other: both would need all registers.
+            unroll<2>([&](auto half) TF_INLINE_LAMBDA {
+                F square[16];
+                unroll<16>([&](auto i) TF_INLINE_LAMBDA {
+                    F low, high;
+                    interleave(load_some(2 * i), load_some(2 * i + 1), low, high);
+                    square[i] = half == 0 ? low : high;
+                });
+                transpose_square(square);
+                unroll<16>([&](auto i) TF_INLINE_LAMBDA {
+                    store(target + (c + i / 4 * 8 + half * 4 + i % 4) * target_stride + r / 2, square[i]);
+                });
+            });
+        }
+    }
+#else
+    (void)source, (void)stride, (void)rows, (void)columns, (void)target, (void)target_stride;  // only for pairs
+#endif
 }
 
 inline bool all_finite(const float* x, int64_t count) {

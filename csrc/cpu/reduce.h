@@ -46,18 +46,6 @@ TF_INLINE float largest(F x) {
     return lane[0];
 }
 
-// Two rows of bf16 as pairs (first[i], second[i]), in the order that one instruction a vector gives: of each quarter
-// of the row, the first half goes to `low` and the second to `high`.
-TF_INLINE void interleave(F first, F second, F& low, F& high) {
-#if defined(__AVX512F__)
-    const __m512i a = reinterpret_cast<__m512i>(first), b = reinterpret_cast<__m512i>(second);
-    low = reinterpret_cast<F>(_mm512_unpacklo_epi16(a, b));
-    high = reinterpret_cast<F>(_mm512_unpackhi_epi16(a, b));
-#else
-    (void)first, (void)second, (void)low, (void)high;  // only AVX-512 has paired products
-#endif
-}
-
 }  // namespace
 }  // namespace TF_ISA
 }  // namespace tf

@@ -32,6 +32,7 @@ struct Element {
     static constexpr bool kPaired = false;
     using Product = Float32Product;
 #endif
+    static constexpr Along kByKeys = Product::kByKeys;
     static constexpr int kExpDegree = kType == DType::bf16 ? 3 : 5;
     // 32-bit elements that `count` values take along a row.
     static constexpr int64_t elements(int64_t count) { return kPaired ? ceil_div(count, 2) : count; }
@@ -336,18 +337,6 @@ struct QueryTile {
     }
 };
 
-// NaN and Inf among staged elements become 0.
-template <class E>
-inline void zero_non_finite(float* staged, int64_t count) {
-    char* bytes = reinterpret_cast<char*>(staged);
-    constexpr int64_t kSize = E::kPaired ? 2 : 4;
-    for (int64_t i = 0; i < count * 4 / kSize; ++i) {
-        if (!row_is_finite(E::kPaired ? DType::bf16 : DType::f32, bytes + i * kSize, 1)) {
-            std::memset(bytes + i * kSize, 0, kSize);
-        }
-    }
-}
-
 // K or V as a product reads it along its depth: in place where the element type and an even length allow it.
 template <class E>
 inline void stage_depth(int64_t keys, int64_t columns, const char*& rows, int64_t& stride, float* staged) {
@@ -366,14 +355,45 @@ inline void stage_depth(int64_t keys, int64_t columns, const char*& rows, int64_
     stride = width * 4;
 }
 
-// K or V as a product reads it across keys: in place (float32), as pairs of keys (paired), else as floats. In a dirty
-// block NaN and Inf are replaced by 0; whoever sees them gets them afterwards, one by one.
+// NaN and Inf among staged elements become 0.
 template <class E>
-inline void stage_by_keys(int64_t keys, int64_t columns, bool dirty, const char*& rows, int64_t& stride,
-                          float* staged) {
-    if (E::kType == DType::f32 && !dirty) return;
-    const int64_t width = round_up(columns, 4);
-    if constexpr (E::kPaired) {
+inline void zero_non_finite(float* staged, int64_t count) {
+    char* bytes = reinterpret_cast<char*>(staged);
+    constexpr int64_t kSize = E::kPaired ? 2 : 4;
+    for (int64_t i = 0; i < count * 4 / kSize; ++i) {
+        if (!row_is_finite(E::kPaired ? DType::bf16 : DType::f32, bytes + i * kSize, 1)) {
+            std::memset(bytes + i * kSize, 0, kSize);
+        }
+    }
+}
+
+// K or V of a block as a product reads it where its depth is keys (see kByKeys).
+struct ByKeys {
+    const char* data;
+    int64_t stride;  // bytes: from one row of A (a column of K or V) or one element of depth to the next
+    int64_t rows;    // of A: the columns, turned with zeros up to whole tiles
+
+    template <class E>
+    const char* from(int64_t key) const {
+        return data + E::elements(key) * (E::kByKeys == Along::rows ? stride : 4);
+    }
+};
+
+// Floats that `stage_by_keys` may need, and rows of C that its product may have.
+inline int64_t by_keys_floats(int64_t columns) { return kKeys * round_up(columns, 32); }
+inline int64_t by_keys_rows(int64_t columns) { return round_up(columns, 16); }
+
+// In place (float32), as pairs of keys (paired), turned, else as floats. In a dirty block NaN and Inf are replaced by
+// 0; whoever sees them gets them afterwards, one by one.
+template <class E>
+inline ByKeys stage_by_keys(int64_t keys, int64_t columns, bool dirty, const char* rows, int64_t stride,
+                            float* staged) {
+    if (E::kType == DType::f32 && !dirty) return {rows, stride, columns};
+    int64_t width = round_up(columns, 4), count = E::elements(keys), rows_of_a = columns;  // width, count: as staged
+    if constexpr (E::kByKeys == Along::depth) {
+        width = round_up(kKeys / 2, 16), count = round_up(columns, 32), rows_of_a = by_keys_rows(columns);
+        turn_bf16(rows, stride, keys, columns, staged, width);
+    } else if constexpr (E::kPaired) {
         for (int64_t j = 0; j < keys; j += 2) {
             const char* second = j + 1 < keys ? rows + (j + 1) * stride : nullptr;
             load_pair_row(rows + j * stride, second, columns, staged + j / 2 * width, width);
@@ -381,9 +401,8 @@ inline void stage_by_keys(int64_t keys, int64_t columns, bool dirty, const char*
     } else {
         for (int64_t j = 0; j < keys; ++j) load_row<E::kType>(rows + j * stride, columns, staged + j * width, width);
     }
-    if (dirty) zero_non_finite<E>(staged, E::elements(keys) * width);
-    rows = reinterpret_cast<const char*>(staged);
-    stride = width * 4;
+    if (dirty) zero_non_finite<E>(staged, count * width);
+    return {reinterpret_cast<const char*>(staged), width * 4, rows_of_a};
 }
 
 // A head's sink: a score in natural units, since a problem with sinks has all of them in natural units.

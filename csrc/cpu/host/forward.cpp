@@ -21,7 +21,17 @@ struct WeightedTile {
     int64_t pairs;
 };
 
-// Tiles of `rows` packed rows; heavy sequences first, and within a head its heavy tiles first, so that threads end
+constexpr int64_t kTasksPerThread = 8;  // enough for the last one not to be waited for
+
+// Packed rows of a task: as many tiles as may share each block of keys, if that leaves enough tasks.
+int64_t rows_of_task(const Problem& p, const Kernels& kernels, const std::vector<Sequence>& sequences) {
+    int64_t tiles = 0;
+    for (const Sequence& s : sequences) tiles += ceil_div(s.len_q * p.group_size, kernels.tile_rows) * p.num_kv_heads;
+    const int64_t wanted = p.num_threads > 1 ? tiles / (kTasksPerThread * p.num_threads) : tiles;
+    return kernels.tile_rows * std::clamp<int64_t>(wanted, 1, kernels.forward_rows / kernels.tile_rows);
+}
+
+// Tasks of `rows` packed rows; heavy sequences first, and within a head its heavy tiles first, so that threads end
 // together and a head's keys stay in cache.
 std::vector<WeightedTile> make_tiles(const Problem& p, const std::vector<Sequence>& sequences, int64_t rows) {
     std::vector<const Sequence*> order;
@@ -54,7 +64,7 @@ std::vector<WeightedTile> make_tiles(const Problem& p, const std::vector<Sequenc
 }
 
 void forward_by_tiles(const Problem& p, const Kernels& kernels, const std::vector<Sequence>& sequences) {
-    const std::vector<WeightedTile> tiles = make_tiles(p, sequences, kernels.tile_rows);
+    const std::vector<WeightedTile> tiles = make_tiles(p, sequences, rows_of_task(p, kernels, sequences));
     int64_t pairs = 0;
     for (const WeightedTile& tile : tiles) pairs += tile.pairs;
     run_tasks(static_cast<int64_t>(tiles.size()), threads_for(p, pairs), kernels.forward_workspace(p),

@@ -17,6 +17,7 @@ import pytest
 import torch
 from cpu_targets import CPU_TARGETS, ISAS, ROOT, VARIABLE, each_cpu_target, each_dtype, each_isa, run_program
 
+import transformer_fast
 from transformer_fast import _C_cpu, backends
 from transformer_fast.backends.cpu import force_isa
 from transformer_fast.testing import Case, Target, check, make_problem
@@ -106,7 +107,7 @@ def test_objects_of_the_higher_instruction_sets_keep_their_code_to_themselves() 
     foreign, looked_at = [], 0
     for path in objects:
         isa = path.name.split(".")[-2]
-        if isa not in ("avx2", "avx512", "avx512_bf16") or not path.exists():
+        if isa not in ("avx2", "avx512", "avx512_bf16", "amx_bf16") or not path.exists():
             continue
         looked_at += 1
         names = subprocess.run(["nm", "-C", "-g", "--defined-only", path], capture_output=True, text=True, check=True)
@@ -117,6 +118,22 @@ def test_objects_of_the_higher_instruction_sets_keep_their_code_to_themselves() 
     if not looked_at:
         pytest.skip("the module was not built in this tree")
     assert not foreign
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_tiles_are_shared_with_pytorch(threads: int) -> None:
+    """On a processor with AMX, PyTorch's products use the same registers, whose shapes belong to the thread."""
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    left, right, query = (
+        torch.randn(shape, generator=generator).bfloat16() for shape in ((300, 200), (200, 136), (1, 4, 300, 40))
+    )
+    product, attended = left @ right, transformer_fast.attention(query, query, query, causal=True, backend="cpu")
+    for _ in range(3):
+        assert torch.equal(transformer_fast.attention(query, query, query, causal=True, backend="cpu"), attended)
+        assert torch.equal(left @ right, product)
+    reference = transformer_fast.attention(query, query, query, causal=True, backend="reference")
+    torch.testing.assert_close(attended, reference, rtol=0.02, atol=0.02)
 
 
 # --------------------------------------------------------------------------------------------------------- threads
@@ -162,6 +179,7 @@ FORWARD_CASES = {
     "lengths": Case("threads", "threads_lengths", batch=3, seqlen_q=70, seqlen_k=200, seqlens_k=(200, 0, 31)),
     "packed": Case("threads", "threads_packed", seqlens_q=(70, 1, 200), seqlens_k=(70, 9, 200), causal=True),
     "mask": Case("threads", "threads_mask", seqlen_q=300, bias="bool_window", bias_form="qk"),
+    "window": Case("threads", "threads_window", num_heads=4, num_kv_heads=2, seqlen_q=300, window_size=(75, 10)),
 }
 
 

@@ -185,7 +185,7 @@ def bench(
     peers: Annotated[
         str | None, typer.Option(help="Peers, separated by commas; all by default. --list shows them.")
     ] = None,
-    isa: Annotated[str | None, typer.Option(help="Force an instruction set: portable, avx2, avx512...")] = None,
+    isa: Annotated[str | None, typer.Option(help="Force an instruction set: portable, avx2, amx_bf16...")] = None,
     repeats: Annotated[int | None, typer.Option(min=2, help="Samples of each step.")] = None,
     output: Annotated[Path, typer.Option(help="Directory for bench.json and bench.md.", file_okay=False)] = Path(
         "reports/bench"

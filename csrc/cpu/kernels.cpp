@@ -29,8 +29,27 @@ double spin(int64_t repeats) {
     return 2.0 * kChains * kLanes * static_cast<double>(repeats);
 }
 
+#if defined(__AMX_BF16__)
+// The same of tiles, on numbers that are not zero: those would take less power, and so less time.
+double spin_tiles(int64_t repeats) {
+    const TilesInUse tiles;
+    alignas(64) uint16_t numbers[2 * kSide * kSide];
+    for (int i = 0; i < 2 * kSide * kSide; ++i) numbers[i] = static_cast<uint16_t>(0x3F00 + i * 37 % 256);  // 0.5 to 2
+    tile_shapes.require(kSide, 0);
+    tile_load<kTileA>(numbers, kSide * 4);
+    tile_load<kTileB>(numbers, kSide * 4);
+    unroll<4>([&](auto c) TF_INLINE_LAMBDA { tile_zero<c>(); });
+    for (int64_t k = 0; k < repeats; ++k) {
+        unroll<4>([&](auto c) TF_INLINE_LAMBDA { tile_multiply_add<c, kTileA, kTileB>(); });
+    }
+    return 2.0 * 4 * kSide * kSide * 2 * kSide * static_cast<double>(repeats);
+}
+#endif
+
 double peak_flops(DType dtype, int64_t repeats) {
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+    if (dtype == DType::bf16) return spin_tiles(repeats);
+#elif defined(__AVX512BF16__)
     if (dtype == DType::bf16) return 2.0 * spin<Bf16PairProduct, false>(repeats);
 #endif
     (void)dtype;

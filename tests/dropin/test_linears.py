@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,13 @@ from transformer_fast.testing import judge
 
 pytestmark = pytest.mark.skipif(not linears._DTYPES, reason="this PyTorch is built without oneDNN")
 IN, OUT = 384, 352  # as many elements as are worth it, neither a power of two
+
+
+@pytest.fixture(autouse=True)
+def every_product_is_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine would find: these are tests of results. The finding is tested by itself below."""
+    monkeypatch.setattr(linears, "is_quicker_packed", lambda *_: True)
+    monkeypatch.setattr(linears, "_quicker", {})
 
 
 def packed_weight(module: nn.Module) -> Tensor | None:
@@ -312,6 +320,51 @@ def test_small_weights_and_subclasses_are_left_alone() -> None:
     assert torch.equal(model(rows(5)), expected)
     assert type(model[0]) is Own
     assert all(packed_weight(module) is None for module in model)
+
+
+TRY_BOTH = linears.is_quicker_packed  # before the fixture puts its own in place
+
+
+@pytest.mark.parametrize("slow", ["packed", "plain"])
+@torch.no_grad()
+def test_what_is_quicker_is_found_once_for_each_kind(monkeypatch: pytest.MonkeyPatch, slow: str) -> None:
+    """And a weight that is quicker as it lies takes no more memory."""
+    asked = []
+
+    def slowed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any) -> Tensor:
+            time.sleep(0.005)
+            return function(*args)
+
+        return call
+
+    def asks(x: Tensor, *rest: Any) -> bool:
+        asked.append(len(x))
+        return TRY_BOTH(x, *rest)
+
+    where, name = (linears, "_multiply") if slow == "packed" else (linears.F, "linear")
+    monkeypatch.setattr(where, name, slowed(getattr(where, name)))
+    monkeypatch.setattr(linears, "is_quicker_packed", asks)
+    model = pack_linears(nn.Sequential(layer(), nn.Linear(OUT, IN), layer()))
+    for count in (33, 40, 63, 64):
+        model(rows(count))
+    assert asked == [33, 33, 64, 64]
+    assert all((packed_weight(module) is None) == (slow == "packed") for module in model)
+
+
+@torch.no_grad()
+def test_nothing_is_timed_where_bits_must_be_the_same_tomorrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linears, "is_quicker_packed", TRY_BOTH)
+    monkeypatch.setattr(linears, "_WORTH_IT", float("inf"))
+    module, x = pack_linears(layer()), rows(5)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(module(x), nn.functional.linear(x, module.weight, module.bias))
+        assert packed_weight(module) is None
+    finally:
+        torch.use_deterministic_algorithms(False)
+    module(rows(20))
+    assert packed_weight(module) is not None
 
 
 def test_nothing_to_pack() -> None:

@@ -19,7 +19,7 @@ class Fault(NamedTuple):
     old: str
     new: str
     tests: tuple[str, ...]
-    isa: str = "portable"  # what is built and run; the faults in paired products need avx512_bf16
+    isa: str = "portable"  # what is built and run; faults in paired products need avx512_bf16, in tiles amx_bf16
 
 
 def _selection(files: str, keywords: str) -> tuple[str, ...]:
@@ -32,6 +32,8 @@ _KERNEL = _selection("test_conformance test_masks test_cpu_native test_cpu_memor
 _MASK = _selection("test_masks test_conformance", f"definition or ({_PORTABLE})")
 _POISON = _selection("test_cpu_poison test_conformance", _PORTABLE)
 _PAIRED = _selection("test_conformance", "avx512_bf16 and bfloat16")
+_TILES = _selection("test_conformance", "amx_bf16 and bfloat16")
+_THREADS = _selection("test_cpu_native", "same_bits and float32")
 _DATA = _selection("test_arguments", "data_out_of_range")
 _ROWS = _selection("test_arguments", "rejects")
 _DROPOUT = _selection("test_dropout test_conformance", _PORTABLE)
@@ -128,6 +130,23 @@ SOFTMAX = [
     Fault("paired products: dS of the second key lost", _CPU + "backward.cpp",
           "j + 1 < keys ? load(dscores + at + kRows)", "j + 1 < 0 ? load(dscores + at + kRows)",
           _PAIRED, "avx512_bf16"),
+]  # fmt: skip
+
+TILES = [
+    Fault("tiles: a shape for fewer rows kept for more", _CPU + "amx.h",
+          "rows != wanted_rows || ", "", _TILES, "amx_bf16"),
+    Fault("tiles: what is left of the depth taken for whole", _CPU + "amx.h",
+          "(wanted_tail != 0 && tail != wanted_tail)", "false", _TILES, "amx_bf16"),
+    Fault("tiles: C not continued", _CPU + "amx.h",
+          "if constexpr (kAdd) {", "if constexpr (false) {", _TILES, "amx_bf16"),
+    Fault("tiles: V's columns left in the order of the instruction", _CPU + "pack.h",
+          "(c + i / 4 * 8 + half * 4 + i % 4)", "(c + half * 16 + i)", _TILES, "amx_bf16"),
+    Fault("tiles of a task: blocks begin with the first tile's keys", _CPU + "forward.cpp",
+          "keys.lo -= (keys.lo - sequence.mask.start) % kKeys;", "", _THREADS),
+    Fault("tiles of a task: a block loaded for all is not looked at for some", _CPU + "forward.cpp",
+          "if (loaded && (checked || !hides)) return;", "if (loaded) return;", _POISON),
+    Fault("tiles of a task: the first one's keys are all that is visited", _CPU + "forward.cpp",
+          "max_of(keys.hi, seen.hi)}", "keys.hi}", _KERNEL),
 ]  # fmt: skip
 
 OPTIONS = [
@@ -272,4 +291,4 @@ PAGED = [
           'names, dtype = ("query",), operands.key.dtype', "pass", _PAGED),
 ]  # fmt: skip
 
-FAULTS = [*MASK, *SOFTMAX, *OPTIONS, *BACKWARD, *ADAPTER, *PYTHON, *PAGED]
+FAULTS = [*MASK, *SOFTMAX, *TILES, *OPTIONS, *BACKWARD, *ADAPTER, *PYTHON, *PAGED]

@@ -1,4 +1,4 @@
-"""The CPU back end: C++ kernels for AVX-512 (with or without bf16), AVX2 and plain vectors, chosen at run time."""
+"""The CPU back end: C++ kernels for AMX, AVX-512 (with or without bf16), AVX2 and plain vectors, chosen at run time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ _SEED = Operands._fields.index("rng_seed")
 
 @contextmanager
 def force_isa(name: str) -> Iterator[None]:
-    """Run with one instruction set: "portable", "avx2", "avx512" or "avx512_bf16", where the machine has it.
+    """Run with one instruction set where the machine has it.
+
+    They are "portable", "avx2", "avx512", "avx512_bf16" (bfloat16 by pairs) and "amx_bf16" (bfloat16 by tiles).
 
     The environment variable TRANSFORMER_FAST_CPU_ISA does the same for a whole process.
 

@@ -1,15 +1,18 @@
 """Matrix products of a built model with weights that oneDNN has laid out once, for inference on a CPU.
 
 Beside fused attention, a model's time on a CPU is in its linear layers. PyTorch multiplies with weights as they lie,
-which oneDNN, that PyTorch ships, does quicker once it may choose the layout (the freezing of ``torch.compile`` does it
-too). The kernels are oneDNN's, none of ours.
+which oneDNN, that PyTorch ships, often does quicker once it may choose the layout (the freezing of ``torch.compile``
+does it too). Not everywhere: on an AMD processor it was so in float32 for any number of rows, on an Intel Xeon only for
+8 to 64, and in bfloat16 up to 256. So both are timed once. The kernels are oneDNN's, none of ours.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import statistics
 import warnings
+from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -87,8 +90,49 @@ class _LaidOut(NamedTuple):
         )
 
 
+def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x.contiguous(), packed, bias, "none", [], "")
+
+
+def _lay_out(weight: Tensor, by_columns: bool) -> _LaidOut:
+    rows = (weight.t() if by_columns else weight).detach().contiguous()
+    return _LaidOut(torch.ops.mkldnn._reorder_linear_weight(rows, _ROWS), weight.detach(), weight._version)
+
+
+#: What was found of products so far, by the weight's shape and order, the dtype and the magnitude of the rows.
+_quicker: dict[tuple[torch.Size, bool, torch.dtype, int], bool] = {}
+#: A laid-out weight is used where it takes less than so much of the other's time: it also takes memory.
+_WORTH_IT = 0.95
+#: Pairs of products that are timed, and the seconds after which no other pair is begun.
+_PAIRS, _PATIENCE = 5, 0.03
+
+
+def is_quicker_packed(x: Tensor, weight: Tensor, bias: Tensor | None, by_columns: bool) -> bool:
+    """Is the product with this weight laid out quicker on this machine, by trying both in turns?
+
+    Asked once a process for each kind of product. False under ``torch.use_deterministic_algorithms``: what is
+    quicker may be another one tomorrow, with other last bits.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        return False
+    packed, rows = _lay_out(weight, by_columns).packed, weight.t() if by_columns else weight
+    _multiply(x, packed, bias)  # oneDNN prepares a product when it meets it first
+    times, begin = [], perf_counter()
+    while len(times) < _PAIRS and (not times or perf_counter() - begin < _PATIENCE):
+        start = perf_counter()
+        F.linear(x, rows, bias)
+        middle = perf_counter()
+        _multiply(x, packed, bias)
+        times.append((perf_counter() - middle) / (middle - start))
+    return statistics.median(times) < _WORTH_IT
+
+
 class PackedProduct:
-    """:func:`torch.nn.functional.linear` for one layer, with the weight laid out at its first use and when it changed.
+    """:func:`torch.nn.functional.linear` for one layer, with the weight laid out where that is quicker.
+
+    The first time that a kind of product (the weight's shape, the dtype, the number of rows to a power of two) is met
+    in a process, it is timed both ways, which takes at most five of either. A weight is laid out at its first use by a
+    kind that is quicker so, and again when it changed.
 
     Where gradients are asked for, under autocast, a compiler, a tracer, transforms or modes, on other devices, in
     dtypes that the machine does not multiply natively, and for weights below 2**17 elements (bfloat16: 2**16), it is
@@ -109,15 +153,20 @@ class PackedProduct:
         Returns:
             (..., out_features), equal to the function's up to rounding.
         """
-        if not _may_pack(x, weight, bias, weight.shape[0 if by_columns else -1]):
+        in_features = weight.shape[0 if by_columns else -1]
+        if not _may_pack(x, weight, bias, in_features):
             self.found = None
+            return F.linear(x, weight.t() if by_columns else weight, bias)
+        kind = (weight.shape, by_columns, weight.dtype, (x.numel() // in_features).bit_length())
+        quicker = _quicker.get(kind)
+        if quicker is None:
+            quicker = _quicker[kind] = is_quicker_packed(x, weight, bias, by_columns)
+        if not quicker:
             return F.linear(x, weight.t() if by_columns else weight, bias)
         found = self.found  # one look: another thread may drop it
         if found is None or not found.is_of(weight):
-            rows = (weight.t() if by_columns else weight).detach().contiguous()
-            packed = torch.ops.mkldnn._reorder_linear_weight(rows, _ROWS)
-            self.found = found = _LaidOut(packed, weight.detach(), weight._version)
-        return torch.ops.mkldnn._linear_pointwise.default(x.contiguous(), found.packed, bias, "none", [], "")
+            self.found = found = _lay_out(weight, by_columns)
+        return _multiply(x, found.packed, bias)
 
     def __reduce__(self) -> Any:  # a copy lays out its own
         return PackedProduct, ()
@@ -158,11 +207,16 @@ def pack_linears(model: _Module) -> _Module:
     products of this library's own models. The modules stay the same objects, with the same parameters; subclasses of
     ``nn.Linear`` are left alone, since they may have a ``forward`` of their own. :func:`unpack_linears` undoes it.
 
+    Whether a laid-out weight is quicker depends on the machine, the shape and the number of rows, so each kind of
+    product is timed both ways when it is first met: the first batch of a new size takes longer, and the last bits of
+    results may differ from process to process. Under ``torch.use_deterministic_algorithms(True)`` nothing is packed.
+
     A weight is laid out when it is first multiplied without gradients (under ``torch.no_grad()`` or
-    ``torch.inference_mode()``), which takes its size in memory once more; again after ``load_state_dict``, ``.to()``,
-    an operation in place or anything else that PyTorch counts; and again after a product with gradients. While a weight
-    has a ``grad`` it is multiplied as it lies. What writes through ``weight.data``, as some adapters do when they are
-    merged, or through collective operations, PyTorch does not count: call this function again after that.
+    ``torch.inference_mode()``) by a product that is quicker so, which takes its size in memory once more; again after
+    ``load_state_dict``, ``.to()``, an operation in place or anything else that PyTorch counts; and again after a
+    product with gradients. While a weight has a ``grad`` it is multiplied as it lies. What writes through
+    ``weight.data``, as some adapters do when they are merged, or through collective operations, PyTorch does not
+    count: call this function again after that.
 
     Args:
         model: any module; changed in place.

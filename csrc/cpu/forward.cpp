@@ -211,13 +211,11 @@ class Forward {
         } else if constexpr (E::kPaired) {
             const float* from = at;
             float* to = at;
-            F shift[V];  // a product of its own: errors of a score's last place are nothing beside bf16's
-            unroll<V>([&](auto v) TF_INLINE_LAMBDA { shift[v] = limit[v] * factor; });
             const auto exponentials = [&](auto both) TF_INLINE_LAMBDA {
                 unroll<V>([&](auto v) TF_INLINE_LAMBDA {
                     const float* x = from + v * kLanes;
-                    const F e0 = exp2<E::kExpDegree>(load(x) * factor - shift[v]);
-                    const F e1 = both ? exp2<E::kExpDegree>(load(x + kRows) * factor - shift[v]) : zero();
+                    const F e0 = exp2<E::kExpDegree>((load(x) - limit[v]) * factor);
+                    const F e1 = both ? exp2<E::kExpDegree>((load(x + kRows) - limit[v]) * factor) : zero();
                     sum[v] += e0 + e1;
                     store(to + v * kLanes, pair_bf16(e0, e1));
                 });

@@ -117,7 +117,8 @@ def is_quicker_packed(x: Tensor, weight: Tensor, bias: Tensor | None, by_columns
         return False
     packed, rows = _lay_out(weight, by_columns).packed, weight.t() if by_columns else weight
     _multiply(x, packed, bias)  # oneDNN prepares a product when it meets it first
-    times, begin = [], perf_counter()
+    times: list[float] = []
+    begin = perf_counter()
     while len(times) < _PAIRS and (not times or perf_counter() - begin < _PATIENCE):
         start = perf_counter()
         F.linear(x, rows, bias)

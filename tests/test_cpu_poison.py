@@ -29,6 +29,8 @@ PARTLY_SEEN = {
     "window_softcap_sinks": dict(window_size=(9, 5), softcap=3.0, sinks="finite"),
     "window_alibi": dict(window_size=(9, 5), alibi="heads"),
     "window_bias": dict(window_size=(9, 5), bias="float", bias_form="1hqk"),
+    # Of tiles that share a block of keys, the first sees all of it and the last only its end.
+    "window_shared": dict(window_size=(163, 0), num_heads=8, num_kv_heads=8, seqlen_q=256, seqlen_k=356),
 }
 
 

@@ -3,8 +3,8 @@
 ``python -m transformer_fast.benchmarks.dropin_speed [--only WORD] [--dtypes float32] [--output FILE.md]``; needs
 transformers. (Without AVX-512, PyTorch's bfloat16 matrix products take minutes: ask for float32 alone.) Each case
 compares its results with float64 first, by the tolerance rule, and has no speed where they are wrong. First attention
-alone, then with ``skip_padding`` and ``pack_linears`` where they apply. Then what a drop-in costs a call beyond
-``attention()``, on a problem of hardly any work.
+alone, then with ``skip_padding``, ``pack_linears`` and ``fuse_pointwise`` where they apply. Then what a drop-in costs
+a call beyond ``attention()``, on a problem of hardly any work.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rich.console import Console
 from torch import Tensor
 
 import transformer_fast
-from transformer_fast.dropin import pack_linears, skip_padding
+from transformer_fast.dropin import fuse_pointwise, pack_linears, skip_padding
 from transformer_fast.ops import runner_for
 from transformer_fast.spec import Operands, parse_options
 from transformer_fast.testing import judge
@@ -42,6 +42,10 @@ GPT2: dict[str, Any] = dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
 BOTH = (torch.float32, torch.bfloat16)
 
 
+def _around(model: Any) -> Any:
+    return pack_linears(fuse_pointwise(model))
+
+
 @dataclass(frozen=True)
 class Case:
     """One row of the table.
@@ -50,7 +54,7 @@ class Case:
         config: of the model, and ``auto`` the class that builds it, by their names in transformers.
         prepare: from a model to what is timed, a function of no arguments.
         results: from a model to what is compared, on less input.
-        rest: what else makes the model faster, from the model to itself; None where nothing of ours does.
+        rest: what else makes the model faster, from the model to itself.
     """
 
     name: str
@@ -58,7 +62,7 @@ class Case:
     auto: str
     prepare: Callable[[Any], Callable[[], object]]
     results: Callable[[Any], Tensor]
-    rest: Callable[[Any], Any] | None = pack_linears
+    rest: Callable[[Any], Any] = _around
     dtypes: tuple[torch.dtype, ...] = BOTH
 
 
@@ -69,7 +73,7 @@ class Line:
     name: str
     dtype: str
     ratio: float
-    whole: float | None
+    whole: float
 
 
 def _ids(batch: int, seqlen: int) -> Tensor:
@@ -162,7 +166,7 @@ def cases() -> list[Case]:
             language,
             _train,
             _gradient,
-            None,
+            fuse_pointwise,
             BOTH[:1],
         ),
     ]
@@ -193,22 +197,22 @@ def run(repeats: int, only: str = "", dtypes: Collection[torch.dtype] = BOTH) ->
             models = {THEIRS: build(case, THEIRS, dtype)}
             weights = models[THEIRS].state_dict()
             models[OURS] = build(case, OURS, dtype, weights)
-            if case.rest is not None:
-                models[ALSO] = case.rest(build(case, OURS, dtype, weights))
+            models[ALSO] = case.rest(build(case, OURS, dtype, weights))
             exact = case.results(build(case, "eager", torch.float64, weights))
-            for ours in (OURS, ALSO)[: len(models) - 1]:
+            for ours in (OURS, ALSO):
                 verdict = judge(case.results(models[ours]), exact, case.results(models[THEIRS]), name=case.name)
                 assert verdict.passed, str(verdict)
             samples = interleaved({name: case.prepare(model) for name, model in models.items()}, repeats)
             ratios = {name: ratio(samples[THEIRS], samples[name]).median for name in models}
-            yield Line(case.name, str(dtype).removeprefix("torch."), ratios[OURS], ratios.get(ALSO))
+            yield Line(case.name, str(dtype).removeprefix("torch."), ratios[OURS], ratios[ALSO])
 
 
-def peak_of_training(implementation: str) -> None:
+def peak_of_training(name: str) -> None:
     """Print this process's peak memory in MiB after two training steps; to be run in a process of its own."""
     transformer_fast.register_with_transformers(OURS)
     case = cases()[-1]
-    step = case.prepare(build(case, implementation, torch.float32))
+    model = build(case, THEIRS if name == THEIRS else OURS, torch.float32)
+    step = case.prepare(case.rest(model) if name == ALSO else model)
     for _ in range(2):
         step()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)  # noqa: T201
@@ -219,7 +223,7 @@ def peaks() -> dict[str, float]:
     command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, "--peak"]
     return {
         name: float(subprocess.run([*command, name], check=True, capture_output=True, text=True).stdout)
-        for name in (OURS, THEIRS)
+        for name in (OURS, ALSO, THEIRS)
     }
 
 
@@ -290,25 +294,23 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     names = [str(dtype).removeprefix("torch.") for dtype in BOTH]
     parser.add_argument("--dtypes", nargs="+", choices=names, default=names)
-    parser.add_argument("--peak", choices=(OURS, THEIRS), help=argparse.SUPPRESS)
+    parser.add_argument("--peak", choices=(OURS, ALSO, THEIRS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak is not None:
         peak_of_training(options.peak)
         return
     lines = [
-        "| case | dtype | the model on SDPA, time over ours | with skip_padding, pack_linears too |",
+        "| case | dtype | the model on SDPA, time over ours | with the other drop-ins too |",
         "| --- | --- | --- | --- |",
     ]
     console = Console(width=160)
     for line in run(options.repeats, options.only, [getattr(torch, name) for name in options.dtypes]):
-        whole = "" if line.whole is None else f"{line.whole:.2f}x"
-        lines.append(f"| {line.name} | {line.dtype} | {line.ratio:.2f}x | {whole} |")
+        lines.append(f"| {line.name} | {line.dtype} | {line.ratio:.2f}x | {line.whole:.2f}x |")
         console.print(lines[-1], highlight=False)
     if not options.only:
         memory = peaks()
-        lines.append(
-            f"| peak memory of the training step's process | float32 | {memory[THEIRS] / memory[OURS]:.2f}x | |"
-        )
+        ours, also = (f"{memory[THEIRS] / memory[name]:.2f}x" for name in (OURS, ALSO))
+        lines.append(f"| peak memory of the training step's process | float32 | {ours} | {also} |")
         extra = ", ".join(f"{name} {us:+.1f} us" for name, us in overheads().items())
         lines += ["", f"A call beyond `attention()`, 2 heads of 8 tokens: {extra}."]
         console.print("\n".join(lines[-3:]), highlight=False)

@@ -8,6 +8,44 @@ class Plan:
     def backward(self, *arguments: int | tuple[int, int, int]) -> None: ...
     def takes_decode_path(self) -> bool: ...
 
+def rms_norm(
+    dtype: int,
+    rows: int,
+    columns: int,
+    x: int,
+    x_row: int,
+    weight: int,
+    out: int,
+    eps: float,
+    gain_offset: float,
+    num_threads: int,
+) -> None: ...
+def gate(
+    is_silu: bool,
+    dtype: int,
+    rows: int,
+    columns: int,
+    gate: int,
+    gate_row: int,
+    value: int,
+    value_row: int,
+    out: int,
+    num_threads: int,
+) -> None: ...
+def rotate(
+    dtype: int,
+    rows: int,
+    heads: int,
+    head_dim: int,
+    x: int,
+    x_row: int,
+    x_head: int,
+    cos: int,
+    sin: int,
+    angle_row: int,
+    out: int,
+    num_threads: int,
+) -> None: ...
 def available_isas() -> list[str]: ...
 def current_isa() -> str: ...
 def force_isa(name: str) -> None: ...

@@ -152,6 +152,21 @@ def is_watched() -> bool:
     )
 
 
+def is_plain_inference(*tensors: Tensor | None) -> bool:
+    """Are these tensors in a CPU's memory, that nobody watches, casts or differentiates? None is none."""
+    if is_watched() or torch.is_autocast_enabled("cpu") or forward_ad._current_level >= 0:
+        return False
+    differentiates = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in (Tensor, Parameter) or not tensor.is_cpu or tensor.layout is not torch.strided:
+            return False
+        if (differentiates and tensor.requires_grad) or tensor.is_neg():
+            return False
+    return True
+
+
 def _is_traced(operands: Operands, options: Options, tensors: Sequence[Any], order: Order) -> bool:
     """Must the call be an op, because somebody watches, or since there is a tensor that only the dispatcher knows?
 

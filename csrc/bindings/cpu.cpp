@@ -55,6 +55,19 @@ class Plan {
     tf::Problem p_;
 };
 
+// Everything but the pointers is Python's to check (transformer_fast/pointwise.py).
+void pointwise(tf::Pointwise::What what, int64_t dtype, int64_t rows, int64_t columns, Address x, int64_t x_row,
+               Address y, int64_t y_row, Address weight, Address out, int num_threads, float eps, float gain_offset,
+               int64_t heads, int64_t x_head) {
+    const tf::Pointwise p{
+        what, static_cast<tf::DType>(dtype), rows,  columns,
+        heads, tf::bindings::bytes(x),       x_row, x_head,
+        tf::bindings::bytes(y), y_row,       tf::bindings::bytes(weight), tf::bindings::bytes(out),
+        eps,  gain_offset};
+    py::gil_scoped_release release;
+    tf::pointwise(p, num_threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C_cpu, m) {
@@ -64,6 +77,21 @@ PYBIND11_MODULE(_C_cpu, m) {
         .def("forward", &Plan::forward)
         .def("backward", &Plan::backward)
         .def("takes_decode_path", &Plan::takes_decode_path);
+    m.def("rms_norm", [](int64_t dtype, int64_t rows, int64_t columns, Address x, int64_t x_row, Address weight,
+                         Address out, float eps, float gain_offset, int num_threads) {
+        pointwise(tf::Pointwise::rms_norm, dtype, rows, columns, x, x_row, 0, 0, weight, out, num_threads, eps,
+                  gain_offset, 1, 0);
+    });
+    m.def("gate", [](bool is_silu, int64_t dtype, int64_t rows, int64_t columns, Address gate, int64_t gate_row,
+                     Address value, int64_t value_row, Address out, int num_threads) {
+        pointwise(is_silu ? tf::Pointwise::gate_silu : tf::Pointwise::gate_gelu_tanh, dtype, rows, columns, gate,
+                  gate_row, value, value_row, 0, out, num_threads, 0, 0, 1, 0);
+    });
+    m.def("rotate", [](int64_t dtype, int64_t rows, int64_t heads, int64_t head_dim, Address x, int64_t x_row,
+                       int64_t x_head, Address cos, Address sin, int64_t angle_row, Address out, int num_threads) {
+        pointwise(tf::Pointwise::rotate, dtype, rows, heads * head_dim, x, x_row, cos, angle_row, sin, out,
+                  num_threads, 0, 0, heads, x_head);
+    });
     m.def("available_isas", &tf::available_isas, "Instruction sets this machine can run, best first.");
     m.def("current_isa", &tf::current_isa);
     m.def("force_isa", &tf::force_isa);

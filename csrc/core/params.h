@@ -117,6 +117,20 @@ struct BackwardRun {
     float* dvalue;
 };
 
+// What stands around a model's products. Strides are in elements; `out` is contiguous.
+struct Pointwise {
+    enum What : int { rms_norm, gate_silu, gate_gelu_tanh, rotate } what;
+    DType dtype;
+    int64_t rows, columns, heads;  // rotate: `heads` of columns / heads each
+    const char* x;                 // of gates: the gate
+    int64_t x_row, x_head;
+    const char* y;       // gates: the value; rotate: the cosines, a row for each row of x
+    int64_t y_row;       // of the sines too
+    const char* weight;  // rms_norm: the gain; rotate: the sines
+    char* out;
+    float eps, gain_offset;
+};
+
 // What one instruction set provides. Workspaces are in bytes, one for each thread, 64-byte aligned.
 struct Kernels {
     const char* name;
@@ -136,6 +150,7 @@ struct Kernels {
     // target = scale * (sum of the parts), rounded to the dtype; `sum` is scratch of `count` floats.
     void (*store_gradient_row)(DType, const float* const* parts, int64_t part_count, int64_t count, float scale,
                                float* sum, char* target);
+    void (*pointwise)(const Pointwise&, int64_t first, int64_t last);  // rows [first, last)
     double (*peak_flops)(DType, int64_t repeats);  // floating-point operations done; the caller keeps time
 };
 

@@ -15,6 +15,7 @@ void decode(const Problem&, const Sequence&, const KeyChunk&, char* workspace);
 void combine(const Problem&, const Sequence&, int64_t kv_head, const KeyChunk*, int64_t count, char* workspace);
 int64_t backward_workspace(const Problem&);
 void backward(const Problem&, const Sequence&, const BackwardRun&, char* workspace);
+void pointwise(const Pointwise&, int64_t first, int64_t last);
 void store_gradient_row(DType, const float* const* parts, int64_t part_count, int64_t count, float scale, float* sum,
                         char* target);
 

@@ -13,7 +13,9 @@ _HOMES = {
     "MultiheadAttention": "torch_nn",
     "TransformerDecoderLayer": "torch_nn",
     "TransformerEncoderLayer": "torch_nn",
+    "causal_lm_loss": "pointwise",
     "flex_attention": "flex",
+    "fuse_pointwise": "pointwise",
     "memory_efficient_attention": "xformers",
     "pack_linears": "linears",
     "replace_modules": "torch_nn",
@@ -21,6 +23,7 @@ _HOMES = {
     "restore_padding": "huggingface_padding",
     "scaled_dot_product_attention": "sdpa",
     "skip_padding": "huggingface_padding",
+    "unfuse_pointwise": "pointwise",
     "unpack_linears": "linears",
     "varlen_attn": "varlen",
 }

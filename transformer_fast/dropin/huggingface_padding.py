@@ -19,6 +19,7 @@ from ..ops import is_watched
 from ..spec import UnsupportedError
 from .huggingface import attention_forward, register_with_transformers, weights_wanted
 from .huggingface_masks import IntervalMask
+from .swap import Swapped, is_swapped, own_class, swapped
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -86,7 +87,7 @@ def _new_packing(mask: IntervalMask, keep: Tensor) -> Packing | None:
     return Packing(places, (batch, seqlen), packed)
 
 
-class _SkipsPadding(nn.Module):
+class _SkipsPadding(Swapped):
     """A layer that is given tokens without padding, wherever it can be. Mixed into the class of a layer."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -95,7 +96,7 @@ class _SkipsPadding(nn.Module):
         packing = packing_of(*masks.values()) if len(masks) == 1 and not is_watched() else None
         if packing is None:
             return super().forward(*args, **kwargs)
-        call = _signature(_own_class(self)).bind(*args, **kwargs)
+        call = _signature(own_class(self)).bind(*args, **kwargs)
         extra: dict[str, Any] = call.arguments.pop("kwargs", {})
         named = call.arguments | extra
         obstacles = [name for name, value in named.items() if not _fits(packing, name, value)]
@@ -111,25 +112,6 @@ class _SkipsPadding(nn.Module):
         if isinstance(result, tuple):
             return packing.padded(result[0]), *result[1:]
         return packing.padded(result)
-
-    def __reduce__(self) -> Any:  # its class is made anew, and cannot be found by name
-        return _empty, (_own_class(self),), vars(self)
-
-
-def _own_class(layer: Any) -> Any:
-    """What it was before; others may have derived from what it is now, as FSDP and parametrizations do."""
-    return type(layer).own_class
-
-
-@functools.cache
-def _skipping(layer: Any) -> type[nn.Module]:
-    members = {"__module__": layer.__module__, "__doc__": layer.__doc__, "own_class": layer}
-    return type(layer.__name__, (_SkipsPadding, layer), members)
-
-
-def _empty(layer: Any) -> nn.Module:
-    cls = _skipping(layer)
-    return cls.__new__(cls)
 
 
 @functools.cache
@@ -214,7 +196,7 @@ def skip_padding(model: _Module, attn_implementation: str = "transformer_fast") 
     for layer in found:
         if not isinstance(layer, _SkipsPadding):
             own: Any = type(layer)
-            layer.__class__ = _skipping(own)
+            layer.__class__ = swapped(_SkipsPadding, own)
     return model
 
 
@@ -232,10 +214,10 @@ def restore_padding(model: _Module) -> _Module:
     """
     layers: list[Any] = [module for module in model.modules() if isinstance(module, _SkipsPadding)]
     for layer in layers:
-        if type(layer) is not _skipping(_own_class(layer)):
+        if not is_swapped(layer):
             raise UnsupportedError(f"a layer that has become a {type(layer).__name__} since skip_padding()")
     for layer in layers:
-        layer.__class__ = _own_class(layer)
+        layer.__class__ = own_class(layer)
     return model
 
 

@@ -18,10 +18,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn import Parameter
 
-from ..ops import is_watched
+from ..ops import is_plain_inference
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -44,32 +42,24 @@ _DTYPES = packable_dtypes()
 
 def _may_pack(x: Tensor, weight: Tensor, bias: Tensor | None, in_features: int) -> bool:
     """Is this product inference on a CPU, which nobody traces, differentiates or casts?"""
-    if is_watched() or type(x) is not Tensor or type(weight) not in (Tensor, Parameter):
-        return False
     dtype = x.dtype
     return (
         dtype in _DTYPES
         and weight.dtype is dtype
-        and x.is_cpu
-        and weight.is_cpu
+        and is_plain_inference(x, weight, bias)
         and x.dim() >= 2
         and x.numel() > 0
         and x.shape[-1] == in_features
-        and weight.layout is torch.strided
         and weight.numel() >= _LEAST[dtype]
         and not weight.is_inference()  # changes of which are not counted
         and weight.grad is None  # else an optimizer is about to change it, and fused ones are not counted
         and (bias is None or _is_plain_bias(bias, weight.numel() // in_features, dtype))
-        and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)))
-        and not torch.is_autocast_enabled("cpu")
-        and forward_ad._current_level < 0
     )
 
 
 def _is_plain_bias(bias: Tensor, out_features: int, dtype: torch.dtype) -> bool:
     """Is it what oneDNN takes without a look at its strides?"""
-    plain = type(bias) in (Tensor, Parameter) and bias.is_cpu and bias.dtype is dtype
-    return plain and bias.shape == (out_features,) and bias.is_contiguous()
+    return bias.dtype is dtype and bias.shape == (out_features,) and bias.is_contiguous()
 
 
 class _LaidOut(NamedTuple):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transformer_fast import attention, attention_varlen
+from transformer_fast.pointwise import gated_gelu, gated_gelu_tanh, gated_relu, gated_silu, gelu_tanh, rms_norm, rotate
 
 if TYPE_CHECKING:
     from transformer_fast.generation.cache import CrossCache
@@ -21,22 +22,19 @@ if TYPE_CHECKING:
 Rotary = tuple[Tensor, Tensor]
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
-    """The tanh form of GELU, which GPT calls "gelu" and others "gelu_new"."""
-    return F.gelu(x, approximate="tanh")
-
-
-#: Activations; a gated one is the function of its gate.
+#: Activations, and gated ones as functions of the gate and the value.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": gelu_tanh,
     "silu": F.silu,
     "tanh": torch.tanh,
-    "reglu": F.relu,
-    "geglu": F.gelu,
-    "geglu_tanh": gelu_tanh,
-    "swiglu": F.silu,
+}
+GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "reglu": gated_relu,
+    "geglu": gated_gelu,
+    "geglu_tanh": gated_gelu_tanh,
+    "swiglu": gated_silu,
 }
 
 
@@ -50,7 +48,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., d)`` to the same, over the last dimension."""
-        return F.rms_norm(x, self.weight.shape, self.weight + 1 if self.plus_one else self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, plus_one=self.plus_one)
 
 
 def build_norm(config: ModelConfig) -> nn.Module:
@@ -95,8 +93,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gated = config.activation.endswith("glu") or config.activation == "geglu_tanh"
-        self.activation = ACTIVATIONS[config.activation]
+        self.gated = config.activation in GATES
+        self.activation: Any = (GATES if self.gated else ACTIVATIONS)[config.activation]
         inner, has_bias = config.intermediate_size, "mlp" in config.biases
         self.up = FusedLinear(config.hidden_size, [(inner, has_bias)] * (2 if self.gated else 1))
         self.down = nn.Linear(inner, config.hidden_size, bias=has_bias)
@@ -106,8 +104,7 @@ class MLP(nn.Module):
         """``(tokens, d)`` to ``(tokens, d)``."""
         x = self.up(x)
         if self.gated:
-            gate, value = x.chunk(2, dim=-1)
-            x = self.activation(gate) * value
+            x = self.activation(*x.chunk(2, dim=-1))
         else:
             x = self.activation(x)
         if self.training and self.dropout_p:
@@ -149,9 +146,7 @@ def rotary_tables(positions: Tensor, config: ModelConfig, dtype: torch.dtype) ->
 
 def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
     """Rotate ``(tokens, heads, head_dim)``; the pairs are dimension ``i`` and ``i + head_dim / 2``."""
-    cos, sin = rotary
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotate(x, *rotary)
 
 
 class RelativeBias(nn.Module):

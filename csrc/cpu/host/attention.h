@@ -1,4 +1,4 @@
-// The two passes: from a problem to threads running tiles.
+// What the bindings call: from a problem to threads running tiles or rows.
 #pragma once
 
 #include "core/params.h"
@@ -11,5 +11,7 @@ void attention_backward(const Problem&);
 
 // Would forward split the keys (few query rows) instead of tiling the rows?
 bool takes_decode_path(const Problem&);
+
+void pointwise(const Pointwise&, int num_threads);
 
 }  // namespace tf

@@ -1,0 +1,249 @@
+"""What stands around a model's matrix products, in fewer passes over memory: norms, gates, activations and the loss.
+
+Modules are taken over by what they compute, not by their names: each kind is tried on numbers first.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .. import pointwise
+from ..ops import is_watched
+from ..spec import UnsupportedError
+from .swap import Swapped, is_swapped, own_class, swapped
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+class _RMSNorm(Swapped):
+    """A root mean square norm. Gradients, and what the kernel does not take, stay the module's own."""
+
+    _plus_one = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) to the same."""
+        own: Any = self
+        if not pointwise.is_native(x, own.weight):
+            theirs: Tensor = super().forward(x)
+            return theirs
+        eps = own.variance_epsilon if hasattr(own, "variance_epsilon") else own.eps
+        return pointwise.rms_norm(x, own.weight, eps, plus_one=self._plus_one)
+
+
+class _RMSNormPlusOne(_RMSNorm):
+    _plus_one = True
+
+
+class _Gated(Swapped):
+    """A feed-forward layer ``down(activation(gate(x)) * up(x))``."""
+
+    _gated = staticmethod(pointwise.gated_silu)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) to the same."""
+        own: Any = self
+        product: Tensor = own.down_proj(self._gated(own.gate_proj(x), own.up_proj(x)))
+        return product
+
+
+class _GatedGelu(_Gated):
+    _gated = staticmethod(pointwise.gated_gelu_tanh)
+
+
+class _GeluTanh(Swapped):
+    """The tanh form of GELU by PyTorch's own function, where it was composed of eight others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of any shape, to the same."""
+        return pointwise.gelu_tanh(x)
+
+
+def _candidates(module: Any) -> tuple[list[Any], int]:
+    """What a module may become, by its parts, and the width of its input."""
+    name = type(module).__name__
+    weight = getattr(module, "weight", None)
+    if name.endswith(("RMSNorm", "T5LayerNorm")) and isinstance(weight, Tensor) and weight.dim() == 1:
+        return [_RMSNorm, _RMSNormPlusOne], len(weight)
+    if all(isinstance(getattr(module, part, None), nn.Linear) for part in ("gate_proj", "up_proj", "down_proj")):
+        return [_Gated, _GatedGelu], module.gate_proj.in_features
+    if name in ("NewGELUActivation", "FastGELUActivation"):
+        return [_GeluTanh], 64
+    return [], 0
+
+
+@torch.no_grad()
+def _mixin_of(module: Any) -> Any:
+    """The candidate that computes the same, on numbers; None if there is none."""
+    candidates, width = _candidates(module)
+    if not candidates or "forward" in vars(module) or len(inspect.signature(module.forward).parameters) != 1:
+        return None
+    like = next(module.parameters(), torch.empty(0))
+    if not like.is_cpu:
+        return None
+    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(like.dtype)
+    own: Any = type(module)
+    theirs = own.forward(module, x)  # without the module's hooks
+    scale = theirs.abs().max()
+    for mixin in candidates:
+        module.__class__ = swapped(mixin, own)
+        try:
+            ours = module.forward(x)
+        finally:
+            module.__class__ = own
+        # Two roundings of the type, one of which is theirs; other formulas are far from that.
+        if (ours - theirs).abs().max() <= 4 * torch.finfo(like.dtype).eps * scale:
+            return mixin
+    return None
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The sum of the losses. Nothing of the logits' size is kept but the logits; their gradient is made in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+        ctx.save_for_backward(logits, labels)
+        ctx.ignore_index = ignore_index
+        losses = [
+            F.cross_entropy(part.float(), label, ignore_index=ignore_index, reduction="sum")
+            for part, label in _parts(logits, labels)
+        ]
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None]:
+        logits, labels = ctx.saved_tensors
+        dlogits = torch.empty_like(logits)
+        for (part, label), to in zip(_parts(logits, labels), dlogits.split(_chunk(logits)), strict=True):
+            gradient = to if to.dtype == torch.float32 else torch.empty_like(to, dtype=torch.float32)
+            torch.softmax(part.float(), -1, out=gradient)
+            counts = label != ctx.ignore_index
+            place = torch.where(counts, label, 0)[:, None]
+            gradient.scatter_add_(1, place, gradient.new_full(place.shape, -1.0))
+            gradient.masked_fill_(~counts[:, None], 0.0).mul_(dloss)
+            if gradient is not to:
+                to.copy_(gradient)
+        return dlogits, None, None
+
+
+def _chunk(logits: Tensor) -> int:
+    return max(1, 2**19 // logits.shape[-1])  # rows whose float32 logits a level-2 cache holds
+
+
+def _parts(logits: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    rows = _chunk(logits)
+    return list(zip(logits.split(rows), labels.split(rows), strict=True))
+
+
+def causal_lm_loss(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """transformers' ``ForCausalLMLoss``: the same arguments and result, without the log-probabilities of every token.
+
+    Args:
+        logits: (batch, seqlen, vocab_size).
+        labels: int64 (batch, seqlen); token ``n`` predicts label ``n + 1``.
+        vocab_size: as in the logits.
+        num_items_in_batch: what the sum is divided by; None for the labels that count.
+        ignore_index: the label that does not count.
+        shift_labels: labels that are moved already.
+        kwargs: are ignored, as there.
+
+    Returns:
+        a float32 scalar.
+    """
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    label = shift_labels.reshape(-1).to(logits.device)
+    rows = logits.reshape(-1, vocab_size)
+    count = (label != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+    if isinstance(count, Tensor):
+        count = count.to(logits.device)
+    if not logits.is_cpu or is_watched():
+        total = F.cross_entropy(rows.float(), label, ignore_index=ignore_index, reduction="sum")
+    else:
+        total = _CrossEntropy.apply(rows, label, ignore_index)
+    loss: Tensor = total / count
+    return loss
+
+
+def _is_fused(module: nn.Module) -> bool:
+    return isinstance(module, (_RMSNorm, _Gated, _GeluTanh))
+
+
+def _models(model: nn.Module) -> list[Any]:
+    """Those of transformers in it."""
+    return [module for module in model.modules() if hasattr(type(module), "loss_function")]
+
+
+def fuse_pointwise(model: _Module) -> _Module:
+    """Let a built model run what stands around its matrix products in fewer passes over memory.
+
+    - Root mean square norms, and the gates of feed-forward layers (``gate_proj``, ``up_proj``, ``down_proj`` with SiLU
+      or the tanh form of GELU): in inference on a CPU one pass of a kernel of ours, in float32 and rounded once. With
+      gradients and elsewhere they are what they were.
+    - The tanh form of GELU composed of eight operators (``NewGELUActivation``): PyTorch's own function, in training
+      too.
+    - transformers' loss for causal language models on a CPU: :func:`causal_lm_loss`, which keeps no log-probabilities
+      for backward.
+
+    A module is taken over if it computes the same on a few numbers, by its own kind of class; subclasses and other
+    modules are left alone. Outputs and gradients are the same up to rounding. :func:`unfuse_pointwise` undoes it.
+
+    Args:
+        model: any module, on a CPU; changed in place.
+
+    Returns:
+        the model. A warning says so if nothing in it is taken over.
+    """
+    count = 0
+    for module in model.modules():
+        mixin = None if _is_fused(module) else _mixin_of(module)
+        if mixin is not None:
+            own: Any = type(module)
+            module.__class__ = swapped(mixin, own)
+        count += _is_fused(module)
+    for module in _models(model):
+        if getattr(module.loss_function, "__name__", "") == "ForCausalLMLoss":
+            module.loss_function = causal_lm_loss
+        count += module.loss_function is causal_lm_loss
+    if count == 0:
+        warnings.warn(f"{type(model).__name__} has nothing on a CPU that is known; nothing is fused", stacklevel=2)
+    return model
+
+
+def unfuse_pointwise(model: _Module) -> _Module:
+    """Give back what :func:`fuse_pointwise` took.
+
+    Args:
+        model: any module; changed in place.
+
+    Returns:
+        the model, as it was.
+
+    Raises:
+        UnsupportedError: something else has changed the class of a module since (a parametrization, say).
+    """
+    fused: list[Any] = [module for module in model.modules() if _is_fused(module)]
+    for module in fused:
+        if not is_swapped(module):
+            raise UnsupportedError(f"a module that has become a {type(module).__name__} since fuse_pointwise()")
+    for module in fused:
+        module.__class__ = own_class(module)
+    for module in _models(model):
+        if vars(module).get("_loss_function") is causal_lm_loss:
+            del module._loss_function
+    return model

@@ -1,0 +1,127 @@
+"""What stands around a model's matrix products, in one pass over memory: norms, gates and rotary positions.
+
+Inference on a CPU runs the native kernels, which compute in float32 and round once; everything else, and every
+gradient, PyTorch's own operators.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backends.cpu import _C_cpu
+from .backends.fields import DTYPES
+from .ops import is_plain_inference
+
+_TYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+
+
+def is_native(*tensors: Tensor) -> bool:
+    """Do the kernels take them: of one type, on the CPU, not empty, and nobody differentiates or watches?"""
+    dtype = tensors[0].dtype
+    return (
+        _C_cpu is not None
+        and dtype in _TYPES
+        and tensors[0].numel() > 0
+        and all(t.dtype is dtype for t in tensors)
+        and is_plain_inference(*tensors)
+    )
+
+
+#: Elements below which two operators of PyTorch take less time than one call of ours.
+_FEW = 8192
+
+
+def _row_stride(x: Tensor) -> int | None:
+    """Elements from one row of the last dimension to the next, where that is one number and rows are dense."""
+    if x.is_contiguous():
+        return x.shape[-1]
+    if x.dim() == 2 and x.stride(1) == 1:
+        return x.stride(0)
+    return None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool = False) -> Tensor:
+    """Division by the root mean square of the last dimension (Zhang and Sennrich, 2019), times a gain.
+
+    Args:
+        x: (..., d), any floating type.
+        weight: (d,); the gain, or the gain less one with ``plus_one`` (Gemma).
+        eps: added to the mean square.
+
+    Returns:
+        (..., d), of x's type.
+    """
+    stride = _row_stride(x)
+    if stride is None or not (is_native(x, weight) and weight.is_contiguous() and weight.shape == x.shape[-1:]):
+        return F.rms_norm(x, weight.shape, weight + 1 if plus_one else weight, eps)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    columns = x.shape[-1]
+    _C_cpu.rms_norm(
+        DTYPES[x.dtype], x.numel() // columns, columns, x.data_ptr(), stride, weight.data_ptr(), out.data_ptr(),
+        eps, float(plus_one), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The tanh form of GELU, which GPT calls "gelu" and others "gelu_new"."""
+    return F.gelu(x, approximate="tanh")
+
+
+def gated_relu(gate: Tensor, value: Tensor) -> Tensor:
+    """``relu(gate) * value``, of equal shapes."""
+    return F.relu(gate) * value
+
+
+def gated_gelu(gate: Tensor, value: Tensor) -> Tensor:
+    """``gelu(gate) * value``, of equal shapes."""
+    return F.gelu(gate) * value
+
+
+def gated_silu(gate: Tensor, value: Tensor) -> Tensor:
+    """``silu(gate) * value``, of equal shapes (SwiGLU: Shazeer, 2020)."""
+    return _gate(True, gate, value)
+
+
+def gated_gelu_tanh(gate: Tensor, value: Tensor) -> Tensor:
+    """``gelu_tanh(gate) * value``, of equal shapes (GEGLU: Shazeer, 2020)."""
+    return _gate(False, gate, value)
+
+
+def _gate(is_silu: bool, gate: Tensor, value: Tensor) -> Tensor:
+    gate_stride, value_stride = _row_stride(gate), _row_stride(value)
+    alike = gate_stride is not None and value_stride is not None and gate.shape == value.shape
+    if not alike or gate.numel() < _FEW or not is_native(gate, value):
+        return (F.silu(gate) if is_silu else gelu_tanh(gate)) * value
+    out = torch.empty(gate.shape, dtype=gate.dtype)
+    columns = gate.shape[-1]
+    _C_cpu.gate(
+        is_silu, DTYPES[gate.dtype], gate.numel() // columns, columns, gate.data_ptr(), gate_stride,
+        value.data_ptr(), value_stride, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions (Su et al., 2021); the pairs are dimension ``i`` and ``i + head_dim / 2``.
+
+    Args:
+        x: (tokens, heads, head_dim), with an even head_dim.
+        cos, sin: (tokens, 1, head_dim / 2), of the same type.
+
+    Returns:
+        (tokens, heads, head_dim), contiguous.
+    """
+    dense = x.stride(-1) == 1 and cos.is_contiguous() and sin.is_contiguous()
+    if not (dense and cos.shape == sin.shape == (len(x), 1, x.shape[-1] // 2) and is_native(x, cos, sin)):
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    tokens, heads, head_dim = x.shape
+    _C_cpu.rotate(
+        DTYPES[x.dtype], tokens, heads, head_dim, x.data_ptr(), x.stride(0), x.stride(1), cos.data_ptr(),
+        sin.data_ptr(), head_dim // 2, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out

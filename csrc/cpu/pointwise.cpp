@@ -33,8 +33,11 @@ TF_INLINE void store_some(char* to, F x, Count count) {
     store_row<kType>(lanes, count, 1.0f, to);
 }
 
-// x / (1 + exp(-x)). The exponent is held where every instruction set's exp2 is right.
-TF_INLINE F silu(F x) { return x / (1.0f + exp2<5>(minimum(set1(126.0f), x * -kLog2E))); }
+// x / (1 + exp(-x)), with 0 where the exponential leaves the range in which every instruction set's exp2 is right.
+TF_INLINE F silu(F x) {
+    const F exponent = x * -kLog2E;
+    return select(exponent > 126.0f, x * 0.0f, x / (1.0f + exp2<5>(minimum(set1(126.0f), exponent))));
+}
 
 TF_INLINE F gelu_tanh(F x) {
     const F cubic = x + 0.044715f * (x * x * x);

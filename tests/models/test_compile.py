@@ -28,7 +28,7 @@ def test_compiled_in_one_graph(model_and_inputs) -> None:
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     ours, expected = compiled(**inputs), model(**inputs)
     assert list(ours) == list(expected)
-    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    torch.testing.assert_close(dict(ours), dict(expected))  # norms and gates are PyTorch's there, and ours in eager
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def test_exported(model_and_inputs) -> None:
     model, inputs = model_and_inputs
     exported = torch.export.export(model, (), inputs).module()
     ours, expected = exported(**inputs), model(**inputs)
-    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    torch.testing.assert_close(dict(ours), dict(expected))
 
 
 @torch.no_grad()

@@ -89,7 +89,7 @@ def _mixin_of(module: Any) -> Any:
         return None
     x = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(like.dtype)
     own: Any = type(module)
-    theirs = own.forward(module, x)  # without the module's hooks
+    theirs = own.forward(module, x)  # without the module's own hooks
     scale = theirs.abs().max()
     for mixin in candidates:
         module.__class__ = swapped(mixin, own)
@@ -133,8 +133,12 @@ class _CrossEntropy(torch.autograd.Function):
         return dlogits, None, None
 
 
+#: Logits of a chunk of rows: in float32 a level-2 cache holds them.
+_CHUNK = 2**19
+
+
 def _chunk(logits: Tensor) -> int:
-    return max(1, 2**19 // logits.shape[-1])  # rows whose float32 logits a level-2 cache holds
+    return max(1, _CHUNK // logits.shape[-1])
 
 
 def _parts(logits: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -185,8 +189,9 @@ def _is_fused(module: nn.Module) -> bool:
 
 
 def _models(model: nn.Module) -> list[Any]:
-    """Those of transformers in it."""
-    return [module for module in model.modules() if hasattr(type(module), "loss_function")]
+    """Those of transformers in it that have a language model's head."""
+    found: list[Any] = [module for module in model.modules() if hasattr(type(module), "loss_function")]
+    return [module for module in found if module.get_output_embeddings() is not None]
 
 
 def fuse_pointwise(model: _Module) -> _Module:

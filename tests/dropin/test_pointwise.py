@@ -1,0 +1,209 @@
+"""Fused norms, gates, activations and loss: the same outputs and gradients, and only what computes just that."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from dropin.promised import PROMISED
+from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from transformer_fast import pointwise
+from transformer_fast.dropin import causal_lm_loss, fuse_pointwise, skip_padding, unfuse_pointwise
+from transformer_fast.dropin.pointwise import _is_fused
+
+SMALL: dict[str, Any] = dict(
+    hidden_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=10,
+    intermediate_size=72, vocab_size=120, pad_token_id=0, max_position_embeddings=64,
+)  # fmt: skip
+GPT2: dict[str, Any] = dict(n_layer=2, n_embd=40, n_head=4, vocab_size=120, bos_token_id=1, eos_token_id=2)
+#: The configuration, and how many modules of each layer, and of the model, are taken over.
+MODELS: dict[str, tuple[str, dict[str, Any], int, int]] = {
+    "Llama": ("LlamaConfig", SMALL, 3, 1),
+    "Mistral": ("MistralConfig", SMALL | {"sliding_window": 5}, 3, 1),
+    "Qwen3": ("Qwen3Config", SMALL, 5, 1),  # norms of queries and keys too
+    "Gemma": ("GemmaConfig", SMALL | {"hidden_act": "gelu_pytorch_tanh"}, 3, 1),
+    "Gemma 2": ("Gemma2Config", SMALL | {"query_pre_attn_scalar": 10}, 5, 1),
+    "GPT-2": ("GPT2Config", GPT2, 1, 0),
+}
+
+
+def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    config, settings, _, _ = MODELS[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**settings), dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2)
+    model.config.loss_type = "ForCausalLM"
+    return model.eval()
+
+
+def fused(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if _is_fused(module)]
+
+
+def ids() -> Tensor:
+    return torch.randint(1, 120, (3, 13), generator=torch.Generator().manual_seed(1))
+
+
+def gradients(model: Any, labels: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss = model(ids(), labels=labels, use_cache=False).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    assert found.dtype == expected.dtype
+    assert (found - expected).abs().max() <= PROMISED * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pointwise, "_FEW", 0)
+    model, labels = build(name), ids()
+    labels[:, -3:] = -100
+    with torch.no_grad():
+        expected = model(ids()).logits
+    wanted = gradients(model, labels)
+    assert fuse_pointwise(model) is model
+    _, _, per_layer, others = MODELS[name]
+    assert len(fused(model)) == 2 * per_layer + others
+    with torch.no_grad():
+        assert_same(model(ids()).logits, expected)
+    for key, value in gradients(model, labels).items():
+        assert_same(value, wanted[key])
+    fuse_pointwise(model)  # again: nothing happens
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert len(fused(other)) == len(fused(model))
+        with torch.no_grad():
+            assert_same(other(ids()).logits, expected)
+    assert unfuse_pointwise(model) is model
+    assert not fused(model)
+    assert model.loss_function is ForCausalLMLoss
+    with torch.no_grad():
+        assert torch.equal(model(ids()).logits, expected)
+
+
+@torch.no_grad()
+def test_bfloat16_is_no_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded once where the model rounds twice."""
+    monkeypatch.setattr(pointwise, "_FEW", 0)
+    model = build("Llama", torch.bfloat16)
+    exact = copy.deepcopy(model).double()(ids()).logits
+    theirs = (model(ids()).logits - exact).square().mean()
+    assert len(fused(fuse_pointwise(model))) == 7
+    assert (model(ids()).logits - exact).square().mean() <= 1.1 * theirs
+
+
+@torch.no_grad()
+def test_padding_may_be_skipped_too() -> None:
+    model, mask = build("Llama"), torch.ones(3, 13, dtype=torch.long)
+    mask[1, 9:] = 0
+    expected = model(ids(), attention_mask=mask, use_cache=False).logits[mask.bool()]
+    fuse_pointwise(skip_padding(model))
+    assert_same(model(ids(), attention_mask=mask, use_cache=False).logits[mask.bool()], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("count", [None, 17, torch.tensor(17)], ids=["mean", "int", "tensor"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_loss(dtype: torch.dtype, count: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over several chunks, with labels that do not count, by what transformers has."""
+    monkeypatch.setattr("transformer_fast.dropin.pointwise._CHUNK", 7 * 300)
+    torch.manual_seed(0)
+    logits = (torch.randn(2, rows, 300) * 3).to(dtype)
+    labels = torch.randint(300, (2, rows))
+    labels[0, rows // 2 :] = -100
+    for arguments in (dict(labels=labels), dict(labels=None, shift_labels=labels)):
+        if rows == 1 and arguments["labels"] is not None:
+            continue  # nothing to predict
+        results = []
+        for function in (ForCausalLMLoss, causal_lm_loss):
+            leaf = logits.clone().requires_grad_()
+            loss = function(leaf, vocab_size=300, num_items_in_batch=count, **arguments)
+            (gradient,) = torch.autograd.grad(loss * 3.0, leaf)
+            results.append((loss.detach(), gradient))
+        (expected, wanted), (found, gradient) = results
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradient, wanted)
+    with torch.no_grad():
+        assert_same(causal_lm_loss(logits, labels, 300), ForCausalLMLoss(logits, labels, 300)) if rows > 1 else None
+
+
+def test_loss_that_is_none() -> None:
+    logits = torch.randn(1, 3, 9, requires_grad=True)
+    assert causal_lm_loss(logits, torch.full((1, 3), -100), 9).isnan()  # as the mean of nothing is there
+    with pytest.raises(IndexError, match="out of bounds"):
+        causal_lm_loss(logits, torch.full((1, 3), 9), 9)
+    bad = torch.full((1, 3, 9), float("nan"), requires_grad=True)
+    (gradient,) = torch.autograd.grad(causal_lm_loss(bad, torch.tensor([[1, 2, -100]]), 9), bad)
+    assert gradient[0, 0].isnan().all()
+    assert not gradient[0, 1:].any()
+
+
+def test_compiled_loss() -> None:
+    logits, labels = torch.randn(2, 5, 9), torch.randint(9, (2, 5))
+    compiled = torch.compile(causal_lm_loss, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(logits, labels, 9), ForCausalLMLoss(logits, labels, 9))
+
+
+class ShiftedRMSNorm(nn.Module):
+    """Has the parts of a norm, and computes something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, (8,), self.weight, self.eps) + 0.01
+
+
+class TwoInputsRMSNorm(ShiftedRMSNorm):
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        return x * gate
+
+
+class ReluMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 9), nn.Linear(8, 9), nn.Linear(9, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.gate_proj(x).relu() * self.up_proj(x))
+
+
+@pytest.mark.parametrize("kind", [ShiftedRMSNorm, TwoInputsRMSNorm, ReluMLP])
+def test_what_computes_something_else_is_left_alone(kind: type[nn.Module]) -> None:
+    model = nn.Sequential(kind())
+    with pytest.warns(UserWarning, match="Sequential has nothing on a CPU that is known; nothing is fused"):
+        fuse_pointwise(model)
+    assert type(model[0]) is kind
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        unfuse_pointwise(model)
+
+
+def test_other_devices_are_left_alone() -> None:
+    with pytest.warns(UserWarning, match="nothing is fused"):
+        fuse_pointwise(build("Llama").model.to("meta"))
+
+
+def test_hooks_see_calls_and_no_trial() -> None:
+    model, seen = build("Llama"), []
+    for module in model.modules():
+        if type(module).__name__ in ("LlamaRMSNorm", "LlamaMLP"):
+            module.register_forward_hook(lambda *_: seen.append(1))
+    fuse_pointwise(model)
+    assert not seen
+    assert len(fused(model)) == 7
+    model(ids())
+    assert len(seen) == 7

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from transformer_fast import UnsupportedError, attention, attention_varlen, explain
+from transformer_fast import UnsupportedError, attention, attention_varlen, explain, pointwise
 from transformer_fast.backends import REGISTRY, Info
 from transformer_fast.testing import Case, Target, available_targets, check
 
@@ -60,6 +60,9 @@ def test_a_default_device_does_not_decide_where_results_are() -> None:
             *attention(x, x, x, return_lse=True, dropout_p=0.5),
             attention(x, x, x, causal=True, dropout_p=0.5, backend="reference"),
             attention_varlen(packed, packed, packed, lengths, lengths, 40, 40),
+            pointwise.rms_norm(x, x[0, 0, 0], 1e-5),
+            pointwise.gated_silu(x.expand(9, 2, 70, 16).contiguous(), x.expand(9, 2, 70, 16).contiguous()),
+            pointwise.rotate(packed, packed[:, :1, :8].contiguous(), packed[:, :1, 8:].contiguous()),
         ]
     assert all(r.device == x.device and r.isfinite().all() for r in results)
 

@@ -35,6 +35,8 @@ _FEW = 8192
 
 def _row_stride(x: Tensor) -> int | None:
     """Elements from one row of the last dimension to the next, where that is one number and rows are dense."""
+    if x.dim() == 0:
+        return None
     if x.is_contiguous():
         return x.shape[-1]
     if x.dim() == 2 and x.stride(1) == 1:
@@ -56,7 +58,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool = False) -
     stride = _row_stride(x)
     if stride is None or not (is_native(x, weight) and weight.is_contiguous() and weight.shape == x.shape[-1:]):
         return F.rms_norm(x, weight.shape, weight + 1 if plus_one else weight, eps)
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     columns = x.shape[-1]
     _C_cpu.rms_norm(
         DTYPES[x.dtype], x.numel() // columns, columns, x.data_ptr(), stride, weight.data_ptr(), out.data_ptr(),
@@ -95,7 +97,7 @@ def _gate(is_silu: bool, gate: Tensor, value: Tensor) -> Tensor:
     alike = gate_stride is not None and value_stride is not None and gate.shape == value.shape
     if not alike or gate.numel() < _FEW or not is_native(gate, value):
         return (F.silu(gate) if is_silu else gelu_tanh(gate)) * value
-    out = torch.empty(gate.shape, dtype=gate.dtype)
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     columns = gate.shape[-1]
     _C_cpu.gate(
         is_silu, DTYPES[gate.dtype], gate.numel() // columns, columns, gate.data_ptr(), gate_stride,
@@ -114,11 +116,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         (tokens, heads, head_dim), contiguous.
     """
-    dense = x.stride(-1) == 1 and cos.is_contiguous() and sin.is_contiguous()
+    dense = x.stride(-1) == 1 and x.shape[-1] % 2 == 0 and cos.is_contiguous() and sin.is_contiguous()
     if not (dense and cos.shape == sin.shape == (len(x), 1, x.shape[-1] // 2) and is_native(x, cos, sin)):
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tokens, heads, head_dim = x.shape
     _C_cpu.rotate(
         DTYPES[x.dtype], tokens, heads, head_dim, x.data_ptr(), x.stride(0), x.stride(1), cos.data_ptr(),

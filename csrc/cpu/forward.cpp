@@ -12,10 +12,8 @@ namespace {
 // exact enough, and the accumulator is seldom rescaled (the idea is FlashAttention-4's).
 constexpr float kRescaleThreshold = 8.0f;
 
-// Tiles of a task: they share each block of keys, which is brought together, turned or converted once for all.
-constexpr int kTiles = 4;
-
-// Scratch of a task, and of each of its tiles.
+// Scratch of a task, and of each of its tiles. They share each block of keys, which is brought together, turned or
+// converted once for all.
 template <class E>
 struct ForwardScratch {
     BiasScratch bias;
@@ -329,7 +327,8 @@ void forward_tiles(const Problem& p, const Sequence& sequence, const Tile& t, co
         if (seen.lo >= seen.hi) continue;
         keys = keys.lo < keys.hi ? Interval{min_of(keys.lo, seen.lo), max_of(keys.hi, seen.hi)} : seen;
     }
-    // Blocks begin where they would for any other tiles: a row's bits do not depend on whom it shares a task with.
+    // Blocks begin where they would for any other tiles: a row's bits do not depend on whom it shares a task with (if
+    // only V is finite: whether a probability of 0 meets a NaN depends on who else looked for it).
     keys.lo -= (keys.lo - sequence.mask.start) % kKeys;
     for (int64_t n = keys.lo; n < keys.hi; n += kKeys) {
         KeyBlock<E> block{n, min_of(n + kKeys, keys.hi)};
@@ -342,8 +341,6 @@ void forward_tiles(const Problem& p, const Sequence& sequence, const Tile& t, co
 }
 
 }  // namespace
-
-const int64_t kForwardRows = kTiles * kRows;
 
 int64_t forward_workspace(const Problem& p) {
     int64_t bytes = 0;

@@ -60,8 +60,8 @@ double peak_flops(DType dtype, int64_t repeats) {
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
-    TF_STRING(TF_ISA), kRows,        kForwardRows, kLanes,    kLanes / 2,         forward_workspace, forward,
-    decode_workspace,  decode_state, decode,       combine,   backward_workspace, backward,          store_gradient_row,
+    TF_STRING(TF_ISA), kRows,        kTiles * kRows, kLanes,  kLanes / 2,         forward_workspace, forward,
+    decode_workspace,  decode_state, decode,         combine, backward_workspace, backward,          store_gradient_row,
     pointwise,         peak_flops,
 };
 

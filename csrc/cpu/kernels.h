@@ -6,7 +6,6 @@
 namespace tf {
 namespace TF_ISA {
 
-extern const int64_t kForwardRows;  // query rows that a task of `forward` may have
 int64_t forward_workspace(const Problem&);
 void forward(const Problem&, const Sequence&, const Tile&, char* workspace);
 int64_t decode_workspace(const Problem&);

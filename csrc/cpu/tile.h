@@ -16,6 +16,7 @@ namespace TF_ISA {
 namespace {
 
 constexpr int kRows = 64;  // query rows of a tile
+constexpr int kTiles = 4;  // tiles that share each block of keys in a task of the forward pass
 constexpr int kVectors = kRows / kLanes;
 constexpr int kKeys = 96;                       // keys of a block
 constexpr int kGroup = max_of(1, 16 / kLanes);  // vectors that edge blocks treat alike: 16 rows

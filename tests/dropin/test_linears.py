@@ -353,18 +353,19 @@ def test_what_is_quicker_is_found_once_for_each_kind(monkeypatch: pytest.MonkeyP
 
 
 @torch.no_grad()
-def test_nothing_is_timed_where_bits_must_be_the_same_tomorrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linears, "is_quicker_packed", TRY_BOTH)
-    monkeypatch.setattr(linears, "_WORTH_IT", float("inf"))
+def test_nothing_is_packed_where_bits_must_be_the_same_tomorrow() -> None:
+    """Neither what was found quicker before; and what is met meanwhile is tried afterwards."""
     module, x = pack_linears(layer()), rows(5)
+    module(x)
     torch.use_deterministic_algorithms(True)
     try:
-        assert torch.equal(module(x), nn.functional.linear(x, module.weight, module.bias))
-        assert packed_weight(module) is None
+        for inputs in (x, rows(20)):
+            assert torch.equal(module(inputs), nn.functional.linear(inputs, module.weight, module.bias))
+        assert len(linears._quicker) == 1
     finally:
         torch.use_deterministic_algorithms(False)
     module(rows(20))
-    assert packed_weight(module) is not None
+    assert len(linears._quicker) == 2
 
 
 def test_nothing_to_pack() -> None:

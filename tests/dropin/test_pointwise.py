@@ -141,7 +141,11 @@ def test_loss(dtype: torch.dtype, count: Any, rows: int, monkeypatch: pytest.Mon
 
 def test_loss_that_is_none() -> None:
     logits = torch.randn(1, 3, 9, requires_grad=True)
-    assert causal_lm_loss(logits, torch.full((1, 3), -100), 9).isnan()  # as the mean of nothing is there
+    for function in (ForCausalLMLoss, causal_lm_loss):
+        loss = function(logits, torch.full((1, 3), -100), 9)
+        assert loss.isnan()  # the mean of nothing
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert not gradient.any()
     with pytest.raises(IndexError, match="out of bounds"):
         causal_lm_loss(logits, torch.full((1, 3), 9), 9)
     bad = torch.full((1, 3, 9), float("nan"), requires_grad=True)
@@ -172,24 +176,116 @@ class TwoInputsRMSNorm(ShiftedRMSNorm):
         return x * gate
 
 
+class WithoutEpsRMSNorm(ShiftedRMSNorm):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, (8,), self.weight)
+
+
+class ZeroRMSNorm(ShiftedRMSNorm):
+    """Whose gain tells nothing yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, (8,), self.weight, self.eps)
+
+
 class ReluMLP(nn.Module):
+    activation = staticmethod(torch.relu)
+
     def __init__(self) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 9), nn.Linear(8, 9), nn.Linear(9, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.gate_proj(x).relu() * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
-@pytest.mark.parametrize("kind", [ShiftedRMSNorm, TwoInputsRMSNorm, ReluMLP])
-def test_what_computes_something_else_is_left_alone(kind: type[nn.Module]) -> None:
-    model = nn.Sequential(kind())
+class QuickGeluMLP(ReluMLP):
+    activation = staticmethod(lambda x: x * torch.sigmoid(1.702 * x))
+
+
+class ExactGeluMLP(ReluMLP):
+    activation = staticmethod(nn.functional.gelu)
+
+
+class BrokenMLP(ReluMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError("not on a CPU")
+
+
+class ZeroMLP(ReluMLP):
+    activation = staticmethod(nn.functional.silu)
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.zeros_(self.down_proj.weight)
+        nn.init.zeros_(self.down_proj.bias)
+
+
+class VAE(nn.Module):
+    def loss_function(self, x: Tensor) -> Tensor:
+        return x
+
+
+OTHERS = (
+    ShiftedRMSNorm, TwoInputsRMSNorm, WithoutEpsRMSNorm, ZeroRMSNorm, ReluMLP, QuickGeluMLP, ExactGeluMLP, BrokenMLP,
+    ZeroMLP, VAE,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_computes_something_else_is_left_alone(kind: type[nn.Module], dtype: torch.dtype) -> None:
+    model = nn.Sequential(kind()).to(dtype)
     with pytest.warns(UserWarning, match="Sequential has nothing on a CPU that is known; nothing is fused"):
         fuse_pointwise(model)
     assert type(model[0]) is kind
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         unfuse_pointwise(model)
+
+
+class DroppingMLP(ReluMLP):
+    activation = staticmethod(nn.functional.silu)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+def test_dropout_is_kept_in_training() -> None:
+    model = fuse_pointwise(nn.Sequential(DroppingMLP()).eval())
+    assert len(fused(model)) == 1
+    x = torch.randn(50, 8)
+    assert (model.train()(x) == 0).float().mean() > 0.3
+    with torch.no_grad():
+        assert (model(x) == 0).float().mean() > 0.3
+        assert not (model.eval()(x) == 0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_type_of_its_own_does_not_mislead(dtype: torch.dtype) -> None:
+    """Gemma's norms add one to the gain, also where the kernel does not take the model's type."""
+    model = build("Gemma 2").to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.warns(UserWarning, match="nothing is fused"):
+        fuse_pointwise(model.model)
+    fuse_pointwise(model)
+    assert len(fused(model)) == 11
+    with torch.no_grad():
+        assert_same(model.float()(ids()).logits, unfuse_pointwise(copy.deepcopy(model))(ids()).logits)
+
+
+def test_arguments_by_name() -> None:
+    model = fuse_pointwise(build("Llama"))
+    x = torch.randn(3, 40)
+    with torch.no_grad():
+        assert torch.equal(model.model.norm(hidden_states=x), model.model.norm(x))
 
 
 def test_other_devices_are_left_alone() -> None:

@@ -100,11 +100,8 @@ _PAIRS, _PATIENCE = 5, 0.03
 def is_quicker_packed(x: Tensor, weight: Tensor, bias: Tensor | None, by_columns: bool) -> bool:
     """Is the product with this weight laid out quicker on this machine, by trying both in turns?
 
-    Asked once a process for each kind of product. False under ``torch.use_deterministic_algorithms``: what is
-    quicker may be another one tomorrow, with other last bits.
+    Asked once a process for each kind of product.
     """
-    if torch.are_deterministic_algorithms_enabled():
-        return False
     packed, rows = _lay_out(weight, by_columns).packed, weight.t() if by_columns else weight
     _multiply(x, packed, bias)  # oneDNN prepares a product when it meets it first
     times: list[float] = []
@@ -147,6 +144,8 @@ class PackedProduct:
         in_features = weight.shape[0 if by_columns else -1]
         if not _may_pack(x, weight, bias, in_features):
             self.found = None
+            return F.linear(x, weight.t() if by_columns else weight, bias)
+        if torch.are_deterministic_algorithms_enabled():  # what is quicker may be another one tomorrow
             return F.linear(x, weight.t() if by_columns else weight, bias)
         kind = (weight.shape, by_columns, weight.dtype, (x.numel() // in_features).bit_length())
         quicker = _quicker.get(kind)

@@ -5,6 +5,8 @@ Modules are taken over by what they compute, not by their names: each kind is tr
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import warnings
 from typing import Any, TypeVar
@@ -12,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .. import pointwise
@@ -27,14 +30,13 @@ class _RMSNorm(Swapped):
 
     _plus_one = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """(..., d) to the same."""
         own: Any = self
+        (x,) = (*args, *kwargs.values())
         if not pointwise.is_native(x, own.weight):
-            theirs: Tensor = super().forward(x)
-            return theirs
-        eps = own.variance_epsilon if hasattr(own, "variance_epsilon") else own.eps
-        return pointwise.rms_norm(x, own.weight, eps, plus_one=self._plus_one)
+            return super().forward(x)
+        return pointwise.rms_norm(x, own.weight, _eps(own), plus_one=self._plus_one)
 
 
 class _RMSNormPlusOne(_RMSNorm):
@@ -42,15 +44,17 @@ class _RMSNormPlusOne(_RMSNorm):
 
 
 class _Gated(Swapped):
-    """A feed-forward layer ``down(activation(gate(x)) * up(x))``."""
+    """A feed-forward layer ``down(activation(gate(x)) * up(x))``; with gradients and in training the module's own."""
 
     _gated = staticmethod(pointwise.gated_silu)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """(..., d) to the same."""
         own: Any = self
-        product: Tensor = own.down_proj(self._gated(own.gate_proj(x), own.up_proj(x)))
-        return product
+        (x,) = (*args, *kwargs.values())
+        if self.training or torch.is_grad_enabled():
+            return super().forward(x)
+        return own.down_proj(self._gated(own.gate_proj(x), own.up_proj(x)))
 
 
 class _GatedGelu(_Gated):
@@ -60,46 +64,61 @@ class _GatedGelu(_Gated):
 class _GeluTanh(Swapped):
     """The tanh form of GELU by PyTorch's own function, where it was composed of eight others."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Of any shape, to the same."""
+        (x,) = (*args, *kwargs.values())
         return pointwise.gelu_tanh(x)
 
 
-def _candidates(module: Any) -> tuple[list[Any], int]:
-    """What a module may become, by its parts, and the width of its input."""
-    name = type(module).__name__
-    weight = getattr(module, "weight", None)
+_MIXINS = (_RMSNorm, _Gated, _GeluTanh)
+
+
+def _eps(norm: Any) -> Any:
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
+def _candidates(module: Any) -> list[Any]:
+    """What a module may become, by its parts."""
+    name, weight = type(module).__name__, getattr(module, "weight", None)
     if name.endswith(("RMSNorm", "T5LayerNorm")) and isinstance(weight, Tensor) and weight.dim() == 1:
-        return [_RMSNorm, _RMSNormPlusOne], len(weight)
+        return [] if _eps(module) is None else [_RMSNorm, _RMSNormPlusOne]
     if all(isinstance(getattr(module, part, None), nn.Linear) for part in ("gate_proj", "up_proj", "down_proj")):
-        return [_Gated, _GatedGelu], module.gate_proj.in_features
+        return [_Gated, _GatedGelu]
     if name in ("NewGELUActivation", "FastGELUActivation"):
-        return [_GeluTanh], 64
-    return [], 0
+        return [_GeluTanh]
+    return []
+
+
+def _input_for(module: Any) -> Tensor:
+    """Numbers in float32, four rows of them, that reach all of an activation's range."""
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0), device="cpu")
+    if hasattr(module, "gate_proj"):
+        x = draw(4, module.gate_proj.in_features)
+        return x * (3.0 / module.gate_proj(x).std())
+    return 3.0 * draw(4, len(module.weight) if hasattr(module, "weight") else 64)
 
 
 @torch.no_grad()
 def _mixin_of(module: Any) -> Any:
-    """The candidate that computes the same, on numbers; None if there is none."""
-    candidates, width = _candidates(module)
+    """The candidate that computes the same, tried on a copy in float32; None if there is none."""
+    candidates = _candidates(module)
     if not candidates or "forward" in vars(module) or len(inspect.signature(module.forward).parameters) != 1:
         return None
-    like = next(module.parameters(), torch.empty(0))
-    if not like.is_cpu:
+    if any(not p.is_cpu or not p.is_floating_point() for p in module.parameters()):
         return None
-    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(like.dtype)
     own: Any = type(module)
-    theirs = own.forward(module, x)  # without the module's own hooks
-    scale = theirs.abs().max()
-    for mixin in candidates:
-        module.__class__ = swapped(mixin, own)
-        try:
-            ours = module.forward(x)
-        finally:
-            module.__class__ = own
-        # Two roundings of the type, one of which is theirs; other formulas are far from that.
-        if (ours - theirs).abs().max() <= 4 * torch.finfo(like.dtype).eps * scale:
-            return mixin
+    try:
+        trial = copy.deepcopy(module).float().eval()
+        x = _input_for(trial)
+        theirs = own.forward(trial, x)  # without the module's own hooks
+        if not (theirs.abs().max() > 0 and pointwise.is_native(x, *trial.parameters())):
+            return None  # the trial would prove nothing
+        for mixin in candidates:
+            trial.__class__ = swapped(mixin, own)
+            if (trial.forward(x) - theirs).abs().max() <= 1e-5 * theirs.abs().max():
+                return mixin
+    except Exception:  # what cannot be tried is left alone
+        return None
     return None
 
 
@@ -127,7 +146,7 @@ class _CrossEntropy(torch.autograd.Function):
             counts = label != ctx.ignore_index
             place = torch.where(counts, label, 0)[:, None]
             gradient.scatter_add_(1, place, gradient.new_full(place.shape, -1.0))
-            gradient.masked_fill_(~counts[:, None], 0.0).mul_(dloss)
+            gradient.mul_(dloss).masked_fill_(~counts[:, None], 0.0)  # 0 though dloss be infinite
             if gradient is not to:
                 to.copy_(gradient)
         return dlogits, None, None
@@ -167,7 +186,7 @@ def causal_lm_loss(
         kwargs: are ignored, as there.
 
     Returns:
-        a float32 scalar.
+        a float32 scalar, which can be differentiated once; the logits must not change before that.
     """
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
@@ -176,7 +195,7 @@ def causal_lm_loss(
     count = (label != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     if isinstance(count, Tensor):
         count = count.to(logits.device)
-    if not logits.is_cpu or is_watched():
+    if type(rows) is not Tensor or not rows.is_cpu or is_watched() or forward_ad._current_level >= 0:
         total = F.cross_entropy(rows.float(), label, ignore_index=ignore_index, reduction="sum")
     else:
         total = _CrossEntropy.apply(rows, label, ignore_index)
@@ -185,12 +204,13 @@ def causal_lm_loss(
 
 
 def _is_fused(module: nn.Module) -> bool:
-    return isinstance(module, (_RMSNorm, _Gated, _GeluTanh))
+    return isinstance(module, _MIXINS)
 
 
 def _models(model: nn.Module) -> list[Any]:
     """Those of transformers in it that have a language model's head."""
-    found: list[Any] = [module for module in model.modules() if hasattr(type(module), "loss_function")]
+    parts = ("loss_function", "get_output_embeddings")
+    found: list[Any] = [m for m in model.modules() if all(hasattr(type(m), part) for part in parts)]
     return [module for module in found if module.get_output_embeddings() is not None]
 
 
@@ -205,8 +225,9 @@ def fuse_pointwise(model: _Module) -> _Module:
     - transformers' loss for causal language models on a CPU: :func:`causal_lm_loss`, which keeps no log-probabilities
       for backward.
 
-    A module is taken over if it computes the same on a few numbers, by its own kind of class; subclasses and other
-    modules are left alone. Outputs and gradients are the same up to rounding. :func:`unfuse_pointwise` undoes it.
+    A module is taken over if it computes the same on a few numbers, in evaluation mode; all others are left alone. The
+    activation of a gated layer is no longer called in inference, so hooks on it are not either. Outputs and gradients
+    are the same up to rounding. :func:`unfuse_pointwise` undoes it.
 
     Args:
         model: any module, on a CPU; changed in place.

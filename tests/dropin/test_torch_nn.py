@@ -23,6 +23,7 @@ from dropin.torch_nn_cases import (
     ROWS,
     SQUARE,
     assert_like_torch,
+    assert_whole_like_torch,
     causal_mask,
     filled,
     in_dtype,
@@ -310,7 +311,7 @@ def test_transformer() -> None:
         memory_key_padding_mask=padding("bool"),
     )  # fmt: skip
     inputs = [torch.randn(BATCH, ROWS, DIM) for _ in range(2)]
-    assert_like_torch(ours, theirs, inputs, torch.float32, **given)
+    assert_whole_like_torch(ours, theirs, inputs, **given)
 
 
 # ------------------------------------------------------------------------------------------- what a module is to others

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from dropin.promised import PROMISED
 from torch import Tensor, nn
 
 from transformer_fast.testing import judge
@@ -154,6 +155,18 @@ def run_module(module: nn.Module, inputs: list[Tensor], dtype: torch.dtype, **gi
     results = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
     results |= {f"d input {i}": t.grad for i, t in enumerate(leaves) if t.grad is not None}
     return results | {f"d {name}": p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def assert_whole_like_torch(ours: nn.Module, theirs: nn.Module, inputs: list[Tensor], **given: Any) -> None:
+    """Of many layers, in float32: at the far end of these torch's own error is one number by chance, and no measure."""
+    results, oracle = (
+        run_module(ours, inputs, torch.float32, **given),
+        run_module(theirs, inputs, torch.float64, **given),
+    )
+    assert results.keys() == oracle.keys()
+    for name, result in results.items():
+        error, magnitude = (result - oracle[name]).abs().max(), oracle[name].abs().max()
+        assert error <= PROMISED * magnitude, f"{name}: {error:.3g} of {magnitude:.3g}"
 
 
 def assert_like_torch(

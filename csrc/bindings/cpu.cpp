@@ -59,11 +59,20 @@ class Plan {
 void pointwise(tf::Pointwise::What what, int64_t dtype, int64_t rows, int64_t columns, Address x, int64_t x_row,
                Address y, int64_t y_row, Address weight, Address out, int num_threads, float eps, float gain_offset,
                int64_t heads, int64_t x_head) {
-    const tf::Pointwise p{
-        what, static_cast<tf::DType>(dtype), rows,  columns,
-        heads, tf::bindings::bytes(x),       x_row, x_head,
-        tf::bindings::bytes(y), y_row,       tf::bindings::bytes(weight), tf::bindings::bytes(out),
-        eps,  gain_offset};
+    const tf::Pointwise p{what,
+                          static_cast<tf::DType>(dtype),
+                          rows,
+                          columns,
+                          heads,
+                          tf::bindings::bytes(x),
+                          x_row,
+                          x_head,
+                          tf::bindings::bytes(y),
+                          y_row,
+                          tf::bindings::bytes(weight),
+                          tf::bindings::bytes(out),
+                          eps,
+                          gain_offset};
     py::gil_scoped_release release;
     tf::pointwise(p, num_threads);
 }
@@ -89,8 +98,8 @@ PYBIND11_MODULE(_C_cpu, m) {
     });
     m.def("rotate", [](int64_t dtype, int64_t rows, int64_t heads, int64_t head_dim, Address x, int64_t x_row,
                        int64_t x_head, Address cos, Address sin, int64_t angle_row, Address out, int num_threads) {
-        pointwise(tf::Pointwise::rotate, dtype, rows, heads * head_dim, x, x_row, cos, angle_row, sin, out,
-                  num_threads, 0, 0, heads, x_head);
+        pointwise(tf::Pointwise::rotate, dtype, rows, heads * head_dim, x, x_row, cos, angle_row, sin, out, num_threads,
+                  0, 0, heads, x_head);
     });
     m.def("available_isas", &tf::available_isas, "Instruction sets this machine can run, best first.");
     m.def("current_isa", &tf::current_isa);

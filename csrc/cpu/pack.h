@@ -80,8 +80,8 @@ inline void load_pair_row(const char* first, const char* second, int64_t count, 
 TF_INLINE F pair_bf16(F a, F b) {
 #if defined(__AVX512BF16__)
     const U low = (as_bits(a) + 0x8000u) >> 16, high = as_bits(b) + 0x8000u;
-    return reinterpret_cast<F>(_mm512_mask_blend_epi16(0xAAAAAAAAu, reinterpret_cast<__m512i>(low),
-                                                       reinterpret_cast<__m512i>(high)));
+    return reinterpret_cast<F>(
+        _mm512_mask_blend_epi16(0xAAAAAAAAu, reinterpret_cast<__m512i>(low), reinterpret_cast<__m512i>(high)));
 #else
     (void)b;
     return a;

@@ -97,8 +97,8 @@ void row(const Pointwise& p, int64_t r) {
         case Pointwise::rotate:
             for (int64_t h = 0; h < p.heads; ++h) {
                 const int64_t place = h * (p.columns / p.heads);
-                rotate_row<kType>(p.columns / p.heads / 2, x + h * p.x_head * kSize, y,
-                                  p.weight + r * p.y_row * kSize, out + place * kSize);
+                rotate_row<kType>(p.columns / p.heads / 2, x + h * p.x_head * kSize, y, p.weight + r * p.y_row * kSize,
+                                  out + place * kSize);
             }
     }
 }

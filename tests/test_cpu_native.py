@@ -20,7 +20,7 @@ from cpu_targets import CPU_TARGETS, ISAS, ROOT, VARIABLE, each_cpu_target, each
 import transformer_fast
 from transformer_fast import _C_cpu, backends
 from transformer_fast.backends.cpu import force_isa
-from transformer_fast.testing import Case, Target, check, make_problem
+from transformer_fast.testing import Case, Target, check, judge, make_problem
 from transformer_fast.testing.runner import expected, run_target
 from transformer_fast.testing.tolerance import Yardstick
 
@@ -132,8 +132,9 @@ def test_tiles_are_shared_with_pytorch(threads: int) -> None:
     for _ in range(3):
         assert torch.equal(transformer_fast.attention(query, query, query, causal=True, backend="cpu"), attended)
         assert torch.equal(left @ right, product)
-    reference = transformer_fast.attention(query, query, query, causal=True, backend="reference")
-    torch.testing.assert_close(attended, reference, rtol=0.02, atol=0.02)
+    exact = torch.nn.functional.scaled_dot_product_attention(*[query.double()] * 3, is_causal=True)
+    verdict = judge(attended, exact, torch.nn.functional.scaled_dot_product_attention(*[query] * 3, is_causal=True))
+    assert verdict.passed, verdict
 
 
 # --------------------------------------------------------------------------------------------------------- threads

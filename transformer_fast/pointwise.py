@@ -10,19 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends.cpu import _C_cpu
-from .backends.fields import DTYPES
+from .backends import cpu_pointwise
 from .ops import is_plain_inference
-
-_TYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
 def is_native(*tensors: Tensor) -> bool:
     """Do the kernels take them: of one type, on the CPU, not empty, and nobody differentiates or watches?"""
     dtype = tensors[0].dtype
     return (
-        _C_cpu is not None
-        and dtype in _TYPES
+        dtype in cpu_pointwise.TYPES
         and tensors[0].numel() > 0
         and all(t.dtype is dtype for t in tensors)
         and is_plain_inference(*tensors)
@@ -58,13 +54,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool = False) -
     stride = _row_stride(x)
     if stride is None or not (is_native(x, weight) and weight.is_contiguous() and weight.shape == x.shape[-1:]):
         return F.rms_norm(x, weight.shape, weight + 1 if plus_one else weight, eps)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    columns = x.shape[-1]
-    _C_cpu.rms_norm(
-        DTYPES[x.dtype], x.numel() // columns, columns, x.data_ptr(), stride, weight.data_ptr(), out.data_ptr(),
-        eps, float(plus_one), torch.get_num_threads(),
-    )  # fmt: skip
-    return out
+    return cpu_pointwise.rms_norm(x, stride, weight, eps, float(plus_one))
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -94,16 +84,10 @@ def gated_gelu_tanh(gate: Tensor, value: Tensor) -> Tensor:
 
 def _gate(is_silu: bool, gate: Tensor, value: Tensor) -> Tensor:
     gate_stride, value_stride = _row_stride(gate), _row_stride(value)
-    alike = gate_stride is not None and value_stride is not None and gate.shape == value.shape
-    if not alike or gate.numel() < _FEW or not is_native(gate, value):
+    takes = gate.shape == value.shape and gate.numel() >= _FEW and is_native(gate, value)
+    if gate_stride is None or value_stride is None or not takes:
         return (F.silu(gate) if is_silu else gelu_tanh(gate)) * value
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    columns = gate.shape[-1]
-    _C_cpu.gate(
-        is_silu, DTYPES[gate.dtype], gate.numel() // columns, columns, gate.data_ptr(), gate_stride,
-        value.data_ptr(), value_stride, out.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return out
+    return cpu_pointwise.gate(is_silu, gate, gate_stride, value, value_stride)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -120,10 +104,4 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if not (dense and cos.shape == sin.shape == (len(x), 1, x.shape[-1] // 2) and is_native(x, cos, sin)):
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    tokens, heads, head_dim = x.shape
-    _C_cpu.rotate(
-        DTYPES[x.dtype], tokens, heads, head_dim, x.data_ptr(), x.stride(0), x.stride(1), cos.data_ptr(),
-        sin.data_ptr(), head_dim // 2, out.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return out
+    return cpu_pointwise.rotate(x, cos, sin)

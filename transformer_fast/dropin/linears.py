@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import is_plain_inference
+from .swap import Swapped, is_swapped, own_class, swapped
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -162,40 +163,40 @@ class PackedProduct:
         return PackedProduct, ()
 
 
-class _Packs(nn.Module):
+class _Packs(Swapped):
     """A linear layer with a :class:`PackedProduct`."""
 
     weight: Any
     bias: Any
     product: Any
-    by_columns = False
+    _by_columns = False
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        return self.product(x, self.weight, self.bias, by_columns=self.by_columns)
+        return self.product(x, self.weight, self.bias, by_columns=self._by_columns)
 
 
-class PackedLinear(_Packs, nn.Linear):
-    """:class:`torch.nn.Linear` by a :class:`PackedProduct`."""
+class _PacksColumns(_Packs):
+    _by_columns = True
 
 
 @functools.cache
-def _packed_classes() -> dict[type[nn.Module], type[nn.Module]]:
-    """The classes whose modules are taken over, and what they become."""
-    classes: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: PackedLinear}
+def _mixins() -> dict[Any, Any]:
+    """The classes whose modules are taken over, and by what."""
+    mixins: dict[Any, Any] = {nn.Linear: _Packs}
     with contextlib.suppress(ImportError):
         from transformers.pytorch_utils import Conv1D
 
-        classes[Conv1D] = type("PackedConv1D", (_Packs, Conv1D), {"by_columns": True, "__module__": __name__})
-    return classes
+        mixins[Conv1D] = _PacksColumns
+    return mixins
 
 
 def pack_linears(model: _Module) -> _Module:
     """Let a built model multiply with weights that oneDNN has laid out for it, in inference on a CPU.
 
-    Every ``nn.Linear`` becomes a :class:`PackedLinear`; so do the layers ``Conv1D`` of transformers' GPT-2, and the
-    products of this library's own models. The modules stay the same objects, with the same parameters; subclasses of
-    ``nn.Linear`` are left alone, since they may have a ``forward`` of their own. :func:`unpack_linears` undoes it.
+    Every ``nn.Linear`` multiplies by a :class:`PackedProduct`; so do the layers ``Conv1D`` of transformers' GPT-2, and
+    the products of this library's own models. The modules stay the same objects, with the same parameters; subclasses
+    of ``nn.Linear`` are left alone, since they may have a ``forward`` of their own. :func:`unpack_linears` undoes it.
 
     Whether a laid-out weight is quicker depends on the machine, the shape and the number of rows, so each kind of
     product is timed both ways when it is first met: the first batch of a new size takes longer, and the last bits of
@@ -214,10 +215,12 @@ def pack_linears(model: _Module) -> _Module:
     Returns:
         the model. A warning says so if nothing in it can be packed, or not on this machine.
     """
-    classes = _packed_classes()
+    mixins = _mixins()
     count = 0
     for module in model.modules():
-        module.__class__ = classes.get(type(module), type(module))
+        own: Any = type(module)
+        if own in mixins:
+            module.__class__ = swapped(mixins[own], own)
         if isinstance(module, _Packs) or getattr(type(module), "product", None) is F.linear:
             vars(module)["product"] = PackedProduct()
             count += 1
@@ -236,16 +239,9 @@ def unpack_linears(model: _Module) -> _Module:
     Returns:
         the model, with its own linear layers.
     """
-    plain = {packed: own for own, packed in _packed_classes().items()}
     for module in model.modules():
-        module.__class__ = plain.get(type(module), type(module))
+        if isinstance(module, _Packs) and is_swapped(module):
+            module.__class__ = own_class(module)
         if isinstance(vars(module).get("product"), PackedProduct):
             del module.product
     return model
-
-
-def __getattr__(name: str) -> Any:  # pickle looks for classes by their names
-    for packed in _packed_classes().values():
-        if packed.__name__ == name:
-            return packed
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,48 @@
+"""The native kernels of what stands around a model's products: tensors into pointers, strides and sizes.
+
+Arguments are checked by ``transformer_fast/pointwise.py``: tensors of one type of ``TYPES`` on the CPU, whose rows are
+dense and ``stride`` elements apart.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .cpu import _C_cpu
+from .fields import DTYPES
+
+TYPES = frozenset(() if _C_cpu is None else (torch.float32, torch.bfloat16, torch.float16))
+
+
+def rms_norm(x: Tensor, stride: int, weight: Tensor, eps: float, gain_offset: float) -> Tensor:
+    """``x`` over its root mean square, times ``weight + gain_offset``."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    columns = x.shape[-1]
+    _C_cpu.rms_norm(
+        DTYPES[x.dtype], x.numel() // columns, columns, x.data_ptr(), stride, weight.data_ptr(), out.data_ptr(),
+        eps, gain_offset, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def gate(is_silu: bool, gate: Tensor, gate_stride: int, value: Tensor, value_stride: int) -> Tensor:
+    """``silu(gate) * value``, or with the tanh form of GELU."""
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    columns = gate.shape[-1]
+    _C_cpu.gate(
+        is_silu, DTYPES[gate.dtype], gate.numel() // columns, columns, gate.data_ptr(), gate_stride,
+        value.data_ptr(), value_stride, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``x`` (tokens, heads, head_dim) turned by angles whose cosines and sines are contiguous."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    tokens, heads, head_dim = x.shape
+    _C_cpu.rotate(
+        DTYPES[x.dtype], tokens, heads, head_dim, x.data_ptr(), x.stride(0), x.stride(1), cos.data_ptr(),
+        sin.data_ptr(), head_dim // 2, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out

@@ -29,7 +29,7 @@ def is_native(*tensors: Tensor) -> bool:
 _FEW = 8192
 
 
-def _row_stride(x: Tensor) -> int | None:
+def row_stride(x: Tensor) -> int | None:
     """Elements from one row of the last dimension to the next, where that is one number and rows are dense."""
     if x.dim() == 0:
         return None
@@ -51,7 +51,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool = False) -
     Returns:
         (..., d), of x's type.
     """
-    stride = _row_stride(x)
+    stride = row_stride(x)
     if stride is None or not (is_native(x, weight) and weight.is_contiguous() and weight.shape == x.shape[-1:]):
         return F.rms_norm(x, weight.shape, weight + 1 if plus_one else weight, eps)
     return cpu_pointwise.rms_norm(x, stride, weight, eps, float(plus_one))
@@ -83,7 +83,7 @@ def gated_gelu_tanh(gate: Tensor, value: Tensor) -> Tensor:
 
 
 def _gate(is_silu: bool, gate: Tensor, value: Tensor) -> Tensor:
-    gate_stride, value_stride = _row_stride(gate), _row_stride(value)
+    gate_stride, value_stride = row_stride(gate), row_stride(value)
     takes = gate.shape == value.shape and gate.numel() >= _FEW and is_native(gate, value)
     if gate_stride is None or value_stride is None or not takes:
         return (F.silu(gate) if is_silu else gelu_tanh(gate)) * value

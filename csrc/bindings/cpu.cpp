@@ -77,6 +77,40 @@ void pointwise(tf::Pointwise::What what, int64_t dtype, int64_t rows, int64_t co
     tf::pointwise(p, num_threads);
 }
 
+tf::LinearWeight weight_of(int64_t dtype, int64_t in_features, int64_t out_features, Address weight, Address value_weight,
+                           int64_t out_stride, int64_t in_stride, Address laid_out) {
+    return {static_cast<tf::DType>(dtype),
+            in_features,
+            out_features,
+            tf::bindings::bytes(weight),
+            tf::bindings::bytes(value_weight),
+            out_stride,
+            in_stride,
+            tf::bindings::bytes(laid_out)};
+}
+
+// Everything but the pointers is Python's to check (transformer_fast/linear.py).
+void linear(int64_t activation, bool gated, int64_t dtype, int64_t rows, int64_t in_features, int64_t out_features,
+            Address x, int64_t x_row, Address laid_out, Address bias, Address value_bias, Address residual,
+            int64_t residual_row, Address out, int num_threads) {
+    const tf::Linear p{static_cast<tf::Linear::Activation>(activation),
+                       gated,
+                       static_cast<tf::DType>(dtype),
+                       rows,
+                       in_features,
+                       out_features,
+                       tf::bindings::bytes(x),
+                       x_row,
+                       tf::bindings::bytes(laid_out),
+                       tf::bindings::bytes(bias),
+                       tf::bindings::bytes(value_bias),
+                       tf::bindings::bytes(residual),
+                       residual_row,
+                       tf::bindings::bytes(out)};
+    py::gil_scoped_release release;
+    tf::linear(p, num_threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C_cpu, m) {
@@ -101,6 +135,18 @@ PYBIND11_MODULE(_C_cpu, m) {
         pointwise(tf::Pointwise::rotate, dtype, rows, heads * head_dim, x, x_row, cos, angle_row, sin, out, num_threads,
                   0, 0, heads, x_head);
     });
+    m.def("linear_bytes", [](int64_t dtype, int64_t in_features, int64_t out_features, bool gated) {
+        return tf::linear_bytes(weight_of(dtype, in_features, out_features, 0, gated ? 1 : 0, 0, 0, 0));
+    });
+    m.def("lay_out_linear",
+          [](int64_t dtype, int64_t in_features, int64_t out_features, Address weight, Address value_weight,
+             int64_t out_stride, int64_t in_stride, Address laid_out, int num_threads) {
+              const auto w = weight_of(dtype, in_features, out_features, weight, value_weight, out_stride, in_stride,
+                                       laid_out);
+              py::gil_scoped_release release;
+              tf::lay_out_linear(w, num_threads);
+          });
+    m.def("linear", &linear);
     m.def("available_isas", &tf::available_isas, "Instruction sets this machine can run, best first.");
     m.def("current_isa", &tf::current_isa);
     m.def("force_isa", &tf::force_isa);

@@ -131,6 +131,38 @@ struct Pointwise {
     float eps, gain_offset;
 };
 
+// Rows times weights that were laid out for it: out = activation(x W^T + bias) + residual; a gated one has two weights,
+// out = activation(x W^T + bias) * (x V^T + value_bias) + residual. Strides are in elements; `out` is contiguous.
+struct Linear {
+    enum Activation : int { none, relu, gelu, gelu_tanh, silu } activation;
+    bool gated;
+    DType dtype;
+    int64_t rows, in_features, out_features;
+    const char* x;
+    int64_t x_row;
+    const char* laid_out;
+    const char *bias, *value_bias;  // null where there is none
+    const char* residual;           // null where there is none
+    int64_t residual_row;
+    char* out;
+};
+
+// The weight of a Linear as it lies, and where it is laid out.
+struct LinearWeight {
+    DType dtype;
+    int64_t in_features, out_features;
+    const char *weight, *value_weight;  // the second for gated ones, else null; the same strides
+    int64_t out_stride, in_stride;
+    char* laid_out;
+};
+
+// How an instruction set lays out weights: panels of so many outputs, each a run of memory.
+struct LinearLayout {
+    int64_t panel;        // outputs of a panel
+    int64_t panel_bytes;  // of one weight
+    int64_t row_block;    // rows that a task may have
+};
+
 // What one instruction set provides. Workspaces are in bytes, one for each thread, 64-byte aligned.
 struct Kernels {
     const char* name;
@@ -151,6 +183,11 @@ struct Kernels {
     void (*store_gradient_row)(DType, const float* const* parts, int64_t part_count, int64_t count, float scale,
                                float* sum, char* target);
     void (*pointwise)(const Pointwise&, int64_t first, int64_t last);  // rows [first, last)
+    LinearLayout (*linear_layout)(DType, int64_t in_features);
+    void (*lay_out_linear)(const LinearWeight&, int64_t first_panel, int64_t last_panel);
+    int64_t (*linear_workspace)(const Linear&);
+    void (*linear)(const Linear&, int64_t first_row, int64_t last_row, int64_t first_panel, int64_t last_panel,
+                   char* workspace);
     double (*peak_flops)(DType, int64_t repeats);  // floating-point operations done; the caller keeps time
 };
 

@@ -101,6 +101,37 @@ TF_INLINE void tile_row(const char* a, int64_t a_stride, const float* b, int64_t
     unroll<V>([&](auto v) TF_INLINE_LAMBDA { tile_store<v>(c + v * kSide, c_stride * 4); });
 }
 
+// Rows of two tiles by two: each tile that is loaded takes part in two products, where `tile_row` loads five for four.
+// For whole tiles, of which `rows` are a multiple of 32 and `depth` of 16.
+template <bool kAdd>
+TF_INLINE void tile_squares(const char* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
+                            int64_t c_stride, int64_t rows, int64_t depth) {
+    tile_shapes.require(kSide, kSide);
+    for (; rows > 0; rows -= 2 * kSide, a += 2 * kSide * a_stride, c += 2 * kSide * c_stride) {
+        float* lower = c + kSide * c_stride;
+        if constexpr (kAdd) {
+            tile_load<0>(c, c_stride * 4), tile_load<1>(c + kSide, c_stride * 4);
+            tile_load<2>(lower, c_stride * 4), tile_load<3>(lower + kSide, c_stride * 4);
+        } else {
+            unroll<4>([&](auto i) TF_INLINE_LAMBDA { tile_zero<i>(); });
+        }
+        const char *upper_a = a, *lower_a = a + kSide * a_stride;
+        const float* b_row = b;
+        for (int64_t k = 0; k < depth; k += kSide, upper_a += kSide * 4, lower_a += kSide * 4, b_row += kSide * b_stride) {
+            tile_load<kTileB>(b_row, b_stride * 4);
+            tile_load<kTileA>(upper_a, a_stride);
+            tile_multiply_add<0, kTileA, kTileB>();
+            tile_load<kTileBTail>(b_row + kSide, b_stride * 4);
+            tile_multiply_add<1, kTileA, kTileBTail>();
+            tile_load<kTileATail>(lower_a, a_stride);
+            tile_multiply_add<2, kTileATail, kTileB>();
+            tile_multiply_add<3, kTileATail, kTileBTail>();
+        }
+        tile_store<0>(c, c_stride * 4), tile_store<1>(c + kSide, c_stride * 4);
+        tile_store<2>(lower, c_stride * 4), tile_store<3>(lower + kSide, c_stride * 4);
+    }
+}
+
 // As gemm.h's `gemm` with V vectors and A along its depth.
 template <bool kAdd, int V>
 TF_INLINE void tile_rows(const char* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride,

@@ -62,7 +62,7 @@ extern const Kernels kKernels;
 const Kernels kKernels = {
     TF_STRING(TF_ISA), kRows,        kTiles * kRows, kLanes,  kLanes / 2,         forward_workspace, forward,
     decode_workspace,  decode_state, decode,         combine, backward_workspace, backward,          store_gradient_row,
-    pointwise,         peak_flops,
+    pointwise,         linear_layout, lay_out_linear, linear_workspace, linear, peak_flops,
 };
 
 }  // namespace TF_ISA

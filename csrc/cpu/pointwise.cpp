@@ -1,48 +1,12 @@
 // What stands around the products of a model: each in one pass over memory, in float32 whatever the type.
 #include <cmath>
 
+#include "activations.h"
 #include "kernels.h"
-#include "pack.h"
 
 namespace tf {
 namespace TF_ISA {
 namespace {
-
-// Calls fn(place, floats there) for whole vectors of a row, and at its end with some lanes: `count` of kLanes.
-template <class Fn>
-TF_INLINE void for_each_vector(int64_t columns, Fn&& fn) {
-    int64_t i = 0;
-    for (; i + kLanes <= columns; i += kLanes) fn(i, std::integral_constant<int, kLanes>{});
-    if (i < columns) fn(i, static_cast<int>(columns - i));
-}
-
-// Lanes past `count` are 0, and are not stored.
-template <DType kType, class Count>
-TF_INLINE F load_some(const char* from, Count count) {
-    if constexpr (!std::is_same_v<Count, int>) return load_as_float<kType>(from);
-    alignas(64) float lanes[kLanes];
-    load_row<kType>(from, count, lanes, kLanes);
-    return load(lanes);
-}
-
-template <DType kType, class Count>
-TF_INLINE void store_some(char* to, F x, Count count) {
-    if constexpr (!std::is_same_v<Count, int>) return store_from_float<kType>(to, x);
-    alignas(64) float lanes[kLanes];
-    store(lanes, x);
-    store_row<kType>(lanes, count, 1.0f, to);
-}
-
-// x / (1 + exp(-x)), with 0 where the exponential leaves the range in which every instruction set's exp2 is right.
-TF_INLINE F silu(F x) {
-    const F exponent = x * -kLog2E;
-    return select(exponent > 126.0f, x * 0.0f, x / (1.0f + exp2<5>(minimum(set1(126.0f), exponent))));
-}
-
-TF_INLINE F gelu_tanh(F x) {
-    const F cubic = x + 0.044715f * (x * x * x);
-    return 0.5f * x * (1.0f + tanh(0.797884561f * cubic));
-}
 
 template <DType kType>
 void norm_row(const Pointwise& p, const char* x, char* out) {
@@ -85,15 +49,16 @@ void rotate_row(int64_t half, const char* x, const char* cos, const char* sin, c
 template <DType kType>
 void row(const Pointwise& p, int64_t r) {
     constexpr int64_t kSize = size_of(kType);
+    constexpr bool kCoarse = kType == DType::bf16;
     const char *x = p.x + r * p.x_row * kSize, *y = p.y + r * p.y_row * kSize;
     char* out = p.out + r * p.columns * kSize;
     switch (p.what) {
         case Pointwise::rms_norm:
             return norm_row<kType>(p, x, out);
         case Pointwise::gate_silu:
-            return gate_row<kType>(p.columns, x, y, out, [](F v) TF_INLINE_LAMBDA { return silu(v); });
+            return gate_row<kType>(p.columns, x, y, out, [](F v) TF_INLINE_LAMBDA { return silu<kCoarse>(v); });
         case Pointwise::gate_gelu_tanh:
-            return gate_row<kType>(p.columns, x, y, out, [](F v) TF_INLINE_LAMBDA { return gelu_tanh(v); });
+            return gate_row<kType>(p.columns, x, y, out, [](F v) TF_INLINE_LAMBDA { return gelu_tanh<kCoarse>(v); });
         case Pointwise::rotate:
             for (int64_t h = 0; h < p.heads; ++h) {
                 const int64_t place = h * (p.columns / p.heads);

@@ -1,9 +1,9 @@
-"""Matrix products of a built model with weights that oneDNN has laid out once, for inference on a CPU.
+"""Linear layers of a built model by kernels of ours, with weights that are laid out once, for inference on a CPU.
 
-Beside fused attention, a model's time on a CPU is in its linear layers. PyTorch multiplies with weights as they lie,
-which oneDNN, that PyTorch ships, often does quicker once it may choose the layout (the freezing of ``torch.compile``
-does it too). Not everywhere: on an AMD processor it was so in float32 for any number of rows, on an Intel Xeon only for
-8 to 64, and in bfloat16 up to 256. So both are timed once. The kernels are oneDNN's, none of ours.
+Beside fused attention, a model's time on a CPU is in its linear layers. PyTorch multiplies with weights as they lie and
+goes over the result again for what follows. Here a weight is laid out as the kernel reads it, and bias, activation,
+gate and residual are done before the sums leave the cache. Where that is quicker depends on the machine and the
+product, so both are timed once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import functools
 import statistics
 import warnings
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,145 +20,224 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backends import cpu_linear
+from ..linear import GATES, linear
 from ..ops import is_plain_inference
+from ..pointwise import row_stride
 from .swap import Swapped, is_swapped, own_class, swapped
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
-#: Rows that the layout is chosen for; it serves other numbers of rows as well.
-_ROWS = 512
-#: Below so many elements of a weight oneDNN's call, about 18 us, is more than it saves.
-_LEAST = {torch.float32: 2**17, torch.bfloat16: 2**16}
+#: Below so many elements of a weight there is little to gain.
+_LEAST = 2**14
 
 
-def packable_dtypes() -> tuple[torch.dtype, ...]:
-    """The dtypes that this machine's oneDNN multiplies at full speed; none where PyTorch is built without it."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return ()
-    is_bf16_fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return (torch.float32, torch.bfloat16) if is_bf16_fast else (torch.float32,)
-
-
-_DTYPES = packable_dtypes()
-
-
-def _may_pack(x: Tensor, weight: Tensor, bias: Tensor | None, in_features: int) -> bool:
+def _may_pack(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], in_features: int) -> bool:
     """Is this product inference on a CPU, which nobody traces, differentiates or casts?"""
-    dtype = x.dtype
+    dtype, weight = x.dtype, weights[0]
     return (
-        dtype in _DTYPES
-        and weight.dtype is dtype
-        and is_plain_inference(x, weight, bias)
+        dtype in cpu_linear.TYPES
+        and is_plain_inference(x, *weights, *biases)
         and x.dim() >= 2
         and x.numel() > 0
         and x.shape[-1] == in_features
-        and weight.numel() >= _LEAST[dtype]
-        and not weight.is_inference()  # changes of which are not counted
-        and weight.grad is None  # else an optimizer is about to change it, and fused ones are not counted
-        and (bias is None or _is_plain_bias(bias, weight.numel() // in_features, dtype))
+        and weight.numel() >= _LEAST
+        and all(
+            w.dtype is dtype
+            and w.shape == weight.shape
+            and w.stride() == weight.stride()
+            and not w.is_inference()  # changes of which are not counted
+            and w.grad is None  # else an optimizer is about to change it, and fused ones are not counted
+            for w in weights
+        )
+        and all(b is None or _is_plain_bias(b, weight.numel() // in_features, dtype) for b in biases)
     )
 
 
 def _is_plain_bias(bias: Tensor, out_features: int, dtype: torch.dtype) -> bool:
-    """Is it what oneDNN takes without a look at its strides?"""
+    """Is it what the kernel takes without a look at its strides?"""
     return bias.dtype is dtype and bias.shape == (out_features,) and bias.is_contiguous()
 
 
 class _LaidOut(NamedTuple):
-    """A weight as oneDNN has laid it out, and what it was then."""
+    """Weights as the kernel reads them, and what they were then."""
 
     packed: Tensor
-    alias: Tensor  # keeps the memory, so that no other weight can come to lie at its address
-    version: int
+    aliases: tuple[Tensor, ...]  # keep the memory, so that no other weight can come to lie at their addresses
+    versions: tuple[int, ...]
+    isa: str
+    is_gated: bool
 
-    def is_of(self, weight: Tensor) -> bool:
-        alias = self.alias
+    def is_of(self, weights: tuple[Tensor, ...], is_gated: bool) -> bool:
         return (
-            weight._version == self.version
-            and weight.data_ptr() == alias.data_ptr()
-            and weight.dtype is alias.dtype
-            and weight.shape == alias.shape
-            and weight.stride() == alias.stride()
+            self.is_gated == is_gated
+            and self.isa == cpu_linear.instruction_set()
+            and len(weights) == len(self.aliases)
+            and all(map(_is_same, weights, self.aliases, self.versions))
         )
 
 
-def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(x.contiguous(), packed, bias, "none", [], "")
+def _is_same(weight: Tensor, alias: Tensor, version: int) -> bool:
+    return (
+        weight._version == version
+        and weight.data_ptr() == alias.data_ptr()
+        and weight.dtype is alias.dtype
+        and weight.shape == alias.shape
+        and weight.stride() == alias.stride()
+    )
 
 
-def _lay_out(weight: Tensor, by_columns: bool) -> _LaidOut:
-    rows = (weight.t() if by_columns else weight).detach().contiguous()
-    return _LaidOut(torch.ops.mkldnn._reorder_linear_weight(rows, _ROWS), weight.detach(), weight._version)
+class Product(NamedTuple):
+    """What is multiplied: one weight or, of a gate whose value has its own, two, each (out_features, in_features)."""
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    activation: str | None
+    residual: Tensor | None
+
+    @property
+    def is_gated(self) -> bool:
+        return self.activation in GATES
+
+    def plain(self, x: Tensor) -> Tensor:
+        """By PyTorch's operators."""
+        if len(self.weights) == 1:
+            return linear(x, self.weights[0], self.biases[0], self.activation, self.residual)
+        assert self.activation is not None
+        gate, value = map(F.linear, (x, x), self.weights, self.biases)
+        y = GATES[self.activation](gate, value)
+        return y if self.residual is None else self.residual + y
+
+    def lay_out(self) -> _LaidOut:
+        weights = tuple(w.detach() for w in self.weights)
+        versions = tuple(w._version for w in self.weights)
+        first, second = _halves(weights, self.is_gated)
+        return _LaidOut(cpu_linear.lay_out(first, second), weights, versions, cpu_linear.instruction_set(), self.is_gated)
+
+    def packed(self, x: Tensor, found: _LaidOut) -> Tensor:
+        """By the kernel."""
+        bias, value_bias = _halves(self.biases, self.is_gated)
+        out_features = self.weights[0].shape[0] // (1 + (self.is_gated and len(self.weights) == 1))
+        stride = row_stride(x)
+        if stride is None:
+            x = x.contiguous()
+            stride = x.shape[-1]
+        residual = self.residual
+        fused, fused_stride = residual, 0
+        if residual is not None:
+            found_stride = row_stride(residual)
+            takes = residual.dtype is x.dtype and residual.shape == (*x.shape[:-1], out_features)
+            if found_stride is None or not (takes and is_plain_inference(residual)):
+                fused = None
+            else:
+                fused_stride = found_stride
+        rows = x.numel() // x.shape[-1]
+        out = cpu_linear.multiply(
+            x, rows, stride, found.packed, out_features, bias, value_bias, self.activation, fused, fused_stride
+        )
+        return out if fused is residual or residual is None else residual + out
 
 
-#: What was found of products so far, by the weight's shape and order, the dtype and the magnitude of the rows.
-_quicker: dict[tuple[torch.Size, bool, torch.dtype, int], bool] = {}
+def _halves(parts: tuple[Any, ...], is_gated: bool) -> tuple[Any, Any]:
+    """The gate's and the value's, of two tensors or of one that holds both."""
+    if len(parts) == 2:
+        return parts[0], parts[1]
+    whole = parts[0]
+    if not is_gated or whole is None:
+        return whole, None
+    half = len(whole) // 2
+    return whole[:half], whole[half:]
+
+
+#: What was found of products so far, by the weights' shape and strides, the dtype, what follows and the magnitude of
+#: the rows.
+_quicker: dict[Any, bool] = {}
 #: A laid-out weight is used where it takes less than so much of the other's time: it also takes memory.
 _WORTH_IT = 0.95
 #: Pairs of products that are timed, and the seconds after which no other pair is begun.
 _PAIRS, _PATIENCE = 5, 0.03
 
 
-def is_quicker_packed(x: Tensor, weight: Tensor, bias: Tensor | None, by_columns: bool) -> bool:
-    """Is the product with this weight laid out quicker on this machine, by trying both in turns?
+def is_quicker_packed(plain: Callable[[], Tensor], packed: Callable[[], Tensor]) -> bool:
+    """Is a product quicker with its weight laid out on this machine, by trying both in turns?
 
     Asked once a process for each kind of product.
     """
-    packed, rows = _lay_out(weight, by_columns).packed, weight.t() if by_columns else weight
-    _multiply(x, packed, bias)  # oneDNN prepares a product when it meets it first
+    packed()  # its memory is new to the caches
     times: list[float] = []
     begin = perf_counter()
     while len(times) < _PAIRS and (not times or perf_counter() - begin < _PATIENCE):
         start = perf_counter()
-        F.linear(x, rows, bias)
+        plain()
         middle = perf_counter()
-        _multiply(x, packed, bias)
+        packed()
         times.append((perf_counter() - middle) / (middle - start))
     return statistics.median(times) < _WORTH_IT
 
 
 class PackedProduct:
-    """:func:`torch.nn.functional.linear` for one layer, with the weight laid out where that is quicker.
+    """:func:`transformer_fast.linear.linear` for one layer, with the weight laid out where that is quicker.
 
-    The first time that a kind of product (the weight's shape, the dtype, the number of rows to a power of two) is met
-    in a process, it is timed both ways, which takes at most five of either. A weight is laid out at its first use by a
-    kind that is quicker so, and again when it changed.
+    The first time that a kind of product (the weight's shape, the dtype, what follows, the number of rows to a power
+    of two) is met in a process, it is timed both ways, which takes at most five of either. A weight is laid out at its
+    first use by a kind that is quicker so, and again when it changed.
 
     Where gradients are asked for, under autocast, a compiler, a tracer, transforms or modes, on other devices, in
-    dtypes that the machine does not multiply natively, and for weights below 2**17 elements (bfloat16: 2**16), it is
-    that function itself, and the laid-out weight is dropped: training may change weights in ways that are not counted.
+    float64, and for weights below 2**14 elements, it is that function itself, and the laid-out weight is dropped:
+    training may change weights in ways that are not counted.
     """
 
     def __init__(self) -> None:
         self.found: _LaidOut | None = None
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, by_columns: bool = False) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+        *,
+        by_columns: bool = False,
+        value: tuple[Tensor, Tensor | None] | None = None,
+    ) -> Tensor:
         """The product.
 
         Args:
             x: (..., in_features).
             weight: (out_features, in_features); or (in_features, out_features) ``by_columns``, as in GPT-2.
             bias: (out_features,).
+            activation, residual: as in :func:`transformer_fast.linear.linear`.
+            value: the weight and the bias of a gate's value, where they are not in the second half of these.
 
         Returns:
             (..., out_features), equal to the function's up to rounding.
         """
-        in_features = weight.shape[0 if by_columns else -1]
-        if not _may_pack(x, weight, bias, in_features):
+        weight = weight.t() if by_columns else weight
+        if value is None:
+            product = Product((weight,), (bias,), activation, residual)
+        else:
+            product = Product((weight, value[0]), (bias, value[1]), activation, residual)
+        if activation not in cpu_linear.ACTIVATIONS or not _may_pack(
+            x, product.weights, product.biases, weight.shape[-1]
+        ):
             self.found = None
-            return F.linear(x, weight.t() if by_columns else weight, bias)
+            return product.plain(x)
         if torch.are_deterministic_algorithms_enabled():  # what is quicker may be another one tomorrow
-            return F.linear(x, weight.t() if by_columns else weight, bias)
-        kind = (weight.shape, by_columns, weight.dtype, (x.numel() // in_features).bit_length())
+            return product.plain(x)
+        rows = (x.numel() // x.shape[-1]).bit_length()
+        kind = (weight.shape, by_columns, len(product.weights), weight.dtype, activation, residual is None, rows)
         quicker = _quicker.get(kind)
         if quicker is None:
-            quicker = _quicker[kind] = is_quicker_packed(x, weight, bias, by_columns)
+            tried = product.lay_out()
+            quicker = is_quicker_packed(lambda: product.plain(x), lambda: product.packed(x, tried))
+            _quicker[kind] = quicker
         if not quicker:
-            return F.linear(x, weight.t() if by_columns else weight, bias)
+            return product.plain(x)
         found = self.found  # one look: another thread may drop it
-        if found is None or not found.is_of(weight):
-            self.found = found = _lay_out(weight, by_columns)
-        return _multiply(x, found.packed, bias)
+        if found is None or not found.is_of(product.weights, product.is_gated):
+            self.found = found = product.lay_out()
+        return product.packed(x, found)
 
     def __reduce__(self) -> Any:  # a copy lays out its own
         return PackedProduct, ()
@@ -192,7 +272,7 @@ def _mixins() -> dict[Any, Any]:
 
 
 def pack_linears(model: _Module) -> _Module:
-    """Let a built model multiply with weights that oneDNN has laid out for it, in inference on a CPU.
+    """Let a built model multiply with weights that are laid out for it, in inference on a CPU.
 
     Every ``nn.Linear`` multiplies by a :class:`PackedProduct`; so do the layers ``Conv1D`` of transformers' GPT-2, and
     the products of this library's own models. The modules stay the same objects, with the same parameters; subclasses
@@ -221,11 +301,11 @@ def pack_linears(model: _Module) -> _Module:
         own: Any = type(module)
         if own in mixins:
             module.__class__ = swapped(mixins[own], own)
-        if isinstance(module, _Packs) or getattr(type(module), "product", None) is F.linear:
+        if isinstance(module, _Packs) or getattr(type(module), "product", None) is linear:
             vars(module)["product"] = PackedProduct()
             count += 1
-    if count == 0 or not _DTYPES:
-        why = "has no nn.Linear" if count == 0 else "stays as it is: this PyTorch is built without oneDNN"
+    if count == 0 or not cpu_linear.TYPES:
+        why = "has no nn.Linear" if count == 0 else "stays as it is: this installation has no native module for CPUs"
         warnings.warn(f"{type(model).__name__} {why}; nothing is packed", stacklevel=2)
     return model
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transformer_fast import attention, attention_varlen
-from transformer_fast.pointwise import gated_gelu, gated_gelu_tanh, gated_relu, gated_silu, gelu_tanh, rms_norm, rotate
+from transformer_fast.linear import GATES, linear
+from transformer_fast.pointwise import rms_norm, rotate
 
 if TYPE_CHECKING:
     from transformer_fast.generation.cache import CrossCache
@@ -20,22 +21,6 @@ if TYPE_CHECKING:
     from transformer_fast.models.layout import TokenLayout
 
 Rotary = tuple[Tensor, Tensor]
-
-
-#: Activations, and gated ones as functions of the gate and the value.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": gelu_tanh,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-}
-GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "reglu": gated_relu,
-    "geglu": gated_gelu,
-    "geglu_tanh": gated_gelu_tanh,
-    "swiglu": gated_silu,
-}
 
 
 class RMSNorm(nn.Module):
@@ -58,14 +43,22 @@ def build_norm(config: ModelConfig) -> nn.Module:
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
 
 
-class FusedLinear(nn.Linear):
+class Linear(nn.Linear):
+    """A linear layer, with what follows its product in the same call."""
+
+    product = staticmethod(linear)  # which ``dropin.pack_linears`` exchanges
+
+    def forward(self, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+        """``(tokens, in_features)`` to ``(tokens, out_features)``, or half of them under a gate."""
+        return self.product(x, self.weight, self.bias, activation, residual)
+
+
+class FusedLinear(Linear):
     """Several projections of the same rows as one matrix product: their rows stand one after the other in ``weight``.
 
     Args:
         parts: the number of outputs of each projection, and whether it has a bias. ``bias`` holds those that do.
     """
-
-    product = staticmethod(F.linear)  # which ``dropin.pack_linears`` exchanges
 
     def __init__(self, in_features: int, parts: Sequence[tuple[int, bool]]) -> None:
         super().__init__(in_features, sum(size for size, _ in parts), bias=False)
@@ -74,13 +67,13 @@ class FusedLinear(nn.Linear):
         if with_bias:
             self.bias = nn.Parameter(torch.zeros(with_bias))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(tokens, in_features)`` to ``(tokens, all outputs)``."""
+    def forward(self, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+        """As :meth:`Linear.forward`, of all outputs."""
         bias: Tensor | None = self.bias
         if bias is not None and len(bias) != self.out_features:
             held = iter(bias.split([size for size, has_bias in self.parts if has_bias]))
             bias = torch.cat([next(held) if has_bias else x.new_zeros(size) for size, has_bias in self.parts])
-        return self.product(x, self.weight, bias)
+        return self.product(x, self.weight, bias, activation, residual)
 
 
 def table(rows: int, size: int, padding_id: int | None = None) -> nn.Embedding:
@@ -93,23 +86,19 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gated = config.activation in GATES
-        self.activation: Any = (GATES if self.gated else ACTIVATIONS)[config.activation]
+        self.activation = config.activation
         inner, has_bias = config.intermediate_size, "mlp" in config.biases
-        self.up = FusedLinear(config.hidden_size, [(inner, has_bias)] * (2 if self.gated else 1))
-        self.down = nn.Linear(inner, config.hidden_size, bias=has_bias)
+        parts = 2 if config.activation in GATES else 1
+        self.up = FusedLinear(config.hidden_size, [(inner, has_bias)] * parts)
+        self.down = Linear(inner, config.hidden_size, bias=has_bias)
         self.dropout_p = config.activation_dropout
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(tokens, d)`` to ``(tokens, d)``."""
-        x = self.up(x)
-        if self.gated:
-            x = self.activation(*x.chunk(2, dim=-1))
-        else:
-            x = self.activation(x)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``(tokens, d)`` to ``(tokens, d)``, added to ``residual``."""
+        x = self.up(x, self.activation)
         if self.training and self.dropout_p:
             x = F.dropout(x, self.dropout_p)
-        return self.down(x)
+        return self.down(x, residual=residual)
 
 
 def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
@@ -289,17 +278,20 @@ class Attention(nn.Module):
             self.q, self.kv = FusedLinear(config.hidden_size, parts[:1]), FusedLinear(config.hidden_size, parts[1:])
         else:
             self.qkv = FusedLinear(config.hidden_size, parts)
-        self.out = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias="out" in config.biases)
+        self.out = Linear(self.num_heads * self.head_dim, config.hidden_size, bias="out" in config.biases)
 
     def _options(self) -> AttentionOptions:
         if self.training and self.dropout_p:
             return replace(self.options, dropout_p=self.dropout_p)
         return self.options
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """``(tokens, d)`` to ``(tokens, d)``; with a cache, its keys are extended by these rows first."""
+    def forward(self, x: Tensor, context: Context, residual: Tensor | None = None) -> Tensor:
+        """``(tokens, d)`` to ``(tokens, d)``, added to ``residual``.
+
+        With a cache, its keys are extended by these rows first.
+        """
         out = self._cross(x, context) if hasattr(self, "kv") else self._self(x, context)
-        return self.out(out.flatten(1))
+        return self.out(out.flatten(1), residual=residual)
 
     def _self(self, x: Tensor, context: Context) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (tokens, num_heads + 2 * num_kv_heads, head_dim)

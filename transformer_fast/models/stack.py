@@ -55,11 +55,15 @@ class Block(nn.Module):
         return self._add(x, self.mlp, self.mlp_norm, self.mlp_post_norm, self.dropout)
 
     def _add(
-        self, x: Tensor, layer: nn.Module, norm: nn.Module, post: nn.Module | None, drop: nn.Module, *context: Context
+        self, x: Tensor, layer: nn.Module, norm: nn.Module, post: nn.Module | None, drop: nn.Dropout, *context: Context
     ) -> Tensor:
         before = self.placement != "post"
-        y = layer(norm(x) if before else x, *context)
-        x = x + drop(y if post is None else post(y))
+        seen = norm(x) if before else x
+        if post is None and not (self.training and drop.p):
+            x = layer(seen, *context, residual=x)
+        else:
+            y = layer(seen, *context)
+            x = x + drop(y if post is None else post(y))
         return x if before else norm(x)
 
 

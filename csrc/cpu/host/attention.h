@@ -14,4 +14,8 @@ bool takes_decode_path(const Problem&);
 
 void pointwise(const Pointwise&, int num_threads);
 
+int64_t linear_bytes(const LinearWeight&);  // of the laid-out weight
+void lay_out_linear(const LinearWeight&, int num_threads);
+void linear(const Linear&, int num_threads);
+
 }  // namespace tf

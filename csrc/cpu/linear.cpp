@@ -1,0 +1,256 @@
+// Linear layers for inference: gemm.h's product with weights that were laid out for it, and what follows the product
+// done before its sums leave the cache.
+//
+// A weight is cut into panels of two vectors of outputs, and a panel is rows of its inputs: 32-bit elements, floats or
+// pairs, as gemm.h wants them; types that have no product of their own keep their 16 bits and are widened in use.
+#include "activations.h"
+#include "gemm.h"
+#include "kernels.h"
+
+namespace tf {
+namespace TF_ISA {
+namespace {
+
+constexpr int kPanelVectors = 2;
+constexpr int64_t kPanel = kPanelVectors * kLanes;
+constexpr int64_t kGroup = 8;  // panels whose sums wait for each other, so that rows are written in longer runs
+
+template <DType kType>
+struct LinearProduct {
+    using Product = Float32Product;
+    static constexpr bool kWiden = kType != DType::f32;
+    static constexpr int64_t kStep = 1;  // inputs of a 32-bit element
+    static constexpr int64_t kPad = 1;   // inputs are padded with zeros to a multiple
+    static constexpr int64_t kElement = kWiden ? 2 : 4;
+    static constexpr int64_t kRowBlock = 64;
+    static constexpr int64_t kDepthBlock = 128;  // rows of a panel that stay in the level-1 cache while rows of x pass
+};
+#if defined(__AVX512BF16__)
+template <>
+struct LinearProduct<DType::bf16> {
+    using Product = Bf16PairProduct;
+    static constexpr bool kWiden = false;
+    static constexpr int64_t kStep = 2, kPad = 32, kElement = 4, kRowBlock = 256, kDepthBlock = 1024;
+};
+#endif
+
+template <DType kType>
+constexpr int64_t panel_rows(int64_t in_features) {
+    using P = LinearProduct<kType>;
+    return round_up(in_features, P::kPad) / P::kStep;
+}
+
+template <DType kType>
+constexpr int64_t panel_bytes(int64_t in_features) {
+    return round_up(panel_rows<kType>(in_features) * kPanel * LinearProduct<kType>::kElement, 64);
+}
+
+// Must rows of x be copied for the product?
+template <DType kType>
+constexpr bool copies_rows(int64_t in_features) {
+    return LinearProduct<kType>::kWiden || in_features % LinearProduct<kType>::kPad != 0;
+}
+
+template <DType kType>
+void lay_out_panel(const LinearWeight& w, const char* weight, int64_t first, char* to) {
+    using P = LinearProduct<kType>;
+    constexpr int64_t kSize = size_of(kType);
+    for (int64_t k = 0; k < panel_rows<kType>(w.in_features) * P::kStep; k += P::kStep) {
+        for (int64_t n = first; n < first + kPanel; ++n) {
+            for (int64_t i = k; i < k + P::kStep; ++i, to += kSize) {
+                const bool is_there = n < w.out_features && i < w.in_features;
+                if (is_there) {
+                    std::memcpy(to, weight + (n * w.out_stride + i * w.in_stride) * kSize, kSize);
+                } else {
+                    std::memset(to, 0, kSize);
+                }
+            }
+        }
+    }
+}
+
+template <class Product, bool kAdd>
+TF_INLINE void multiply(const char* a, int64_t a_stride, const float* b, float* c, int64_t c_stride, int64_t rows,
+                        int64_t depth) {
+#if defined(__AMX_BF16__)
+    if constexpr (std::is_same_v<Product, Bf16PairProduct>) {
+        const int64_t whole = rows / (2 * kSide) * (2 * kSide);
+        if (whole > 0) tile_squares<kAdd>(a, a_stride, b, kPanel, c, c_stride, whole, depth);
+        if (whole == rows) return;
+        a += whole * a_stride, c += whole * c_stride, rows -= whole;
+    }
+#endif
+    gemm<Product, Along::depth, kAdd>(a, a_stride, b, kPanel, c, c_stride, rows, kPanelVectors, depth);
+}
+
+// sums[r][0, kPanel) = row r of `a` times one panel.
+template <DType kType>
+void multiply_panel(const char* a, int64_t a_stride, const char* panel, float* sums, int64_t rows, int64_t depth,
+                    float* wide) {
+    using P = LinearProduct<kType>;
+    for (int64_t k = 0; k < depth; k += P::kDepthBlock) {
+        const int64_t some = min_of(P::kDepthBlock, depth - k);
+        const char* block = panel + k * kPanel * P::kElement;
+        if constexpr (P::kWiden) load_row<kType>(block, some * kPanel, wide, some * kPanel);
+        const float* b = P::kWiden ? wide : reinterpret_cast<const float*>(block);
+        if (k == 0) {
+            multiply<typename P::Product, false>(a, a_stride, b, sums, kPanel, rows, some);
+        } else {
+            multiply<typename P::Product, true>(a + k * 4, a_stride, b, sums, kPanel, rows, some);
+        }
+    }
+}
+
+template <Linear::Activation kActivation, bool kCoarse>
+TF_INLINE F activate(F x) {
+    if constexpr (kActivation == Linear::relu) return select(x < 0.0f, zero(), x);
+    if constexpr (kActivation == Linear::gelu) return gelu<kCoarse>(x);
+    if constexpr (kActivation == Linear::gelu_tanh) return gelu_tanh<kCoarse>(x);
+    if constexpr (kActivation == Linear::silu) return silu<kCoarse>(x);
+    return x;
+}
+
+// What follows the product, for columns [first, first + columns) of rows whose sums are at hand: a panel's, a gated
+// one's value's, the next panel's, and so on.
+template <DType kType, Linear::Activation kActivation, bool kGated>
+void finish(const Linear& p, int64_t first_row, int64_t rows, int64_t first, int64_t columns, const float* sums) {
+    constexpr int64_t kSize = size_of(kType);
+    constexpr bool kCoarse = kType == DType::bf16;
+    const int64_t panel = rows * kPanel;
+    const auto bias_at = [&](const char* bias, int64_t i, auto count) TF_INLINE_LAMBDA {
+        return bias == nullptr ? zero() : load_some<kType>(bias + (first + i) * kSize, count);
+    };
+    for (int64_t r = 0; r < rows; ++r, sums += kPanel) {
+        const char* residual = p.residual + ((first_row + r) * p.residual_row + first) * kSize;
+        char* out = p.out + ((first_row + r) * p.out_features + first) * kSize;
+        for_each_vector(columns, [&](int64_t i, auto count) TF_INLINE_LAMBDA {
+            const float* sum = sums + i / kPanel * panel * (kGated ? 2 : 1) + i % kPanel;
+            F x = activate<kActivation, kCoarse>(load(sum) + bias_at(p.bias, i, count));
+            if constexpr (kGated) x *= load(sum + panel) + bias_at(p.value_bias, i, count);
+            if (p.residual) x += load_some<kType>(residual + i * kSize, count);
+            store_some<kType>(out + i * kSize, x, count);
+        });
+    }
+}
+
+template <DType kType, bool kGated>
+void finish(const Linear& p, int64_t first_row, int64_t rows, int64_t first, int64_t columns, const float* sums) {
+    switch (p.activation) {
+        case Linear::none:
+            return finish<kType, Linear::none, kGated>(p, first_row, rows, first, columns, sums);
+        case Linear::relu:
+            return finish<kType, Linear::relu, kGated>(p, first_row, rows, first, columns, sums);
+        case Linear::gelu:
+            return finish<kType, Linear::gelu, kGated>(p, first_row, rows, first, columns, sums);
+        case Linear::gelu_tanh:
+            return finish<kType, Linear::gelu_tanh, kGated>(p, first_row, rows, first, columns, sums);
+        case Linear::silu:
+            return finish<kType, Linear::silu, kGated>(p, first_row, rows, first, columns, sums);
+    }
+}
+
+struct Workspace {
+    float *sums, *wide;
+    char* rows;
+    int64_t bytes;
+};
+
+template <DType kType>
+Workspace workspace_of(const Linear& p, char* memory) {
+    using P = LinearProduct<kType>;
+    const int64_t rows = min_of(P::kRowBlock, p.rows);
+    const int64_t sums = rows * kPanel * kGroup * 4, wide = P::kWiden ? P::kDepthBlock * kPanel * 4 : 0;
+    const int64_t copied = copies_rows<kType>(p.in_features) ? rows * panel_rows<kType>(p.in_features) * 4 : 0;
+    return {reinterpret_cast<float*>(memory), reinterpret_cast<float*>(memory + sums), memory + sums + wide,
+            sums + wide + copied};
+}
+
+// Rows of x as the product reads them: widened, or filled up with zeros.
+template <DType kType>
+void copy_rows(const Linear& p, int64_t first_row, int64_t rows, char* to) {
+    constexpr int64_t kSize = size_of(kType);
+    const int64_t stride = panel_rows<kType>(p.in_features) * 4;
+    for (int64_t r = 0; r < rows; ++r, to += stride) {
+        const char* from = p.x + (first_row + r) * p.x_row * kSize;
+        if constexpr (LinearProduct<kType>::kWiden) {
+            load_row<kType>(from, p.in_features, reinterpret_cast<float*>(to), p.in_features);
+        } else {
+            std::memcpy(to, from, p.in_features * kSize);
+            std::memset(to + p.in_features * kSize, 0, stride - p.in_features * kSize);
+        }
+    }
+}
+
+template <DType kType>
+void linear_of(const Linear& p, int64_t first_row, int64_t last_row, int64_t first_panel, int64_t last_panel,
+               char* memory) {
+    using P = LinearProduct<kType>;
+    [[maybe_unused]] const typename P::Product::InUse in_use;
+    const Workspace workspace = workspace_of<kType>(p, memory);
+    const int64_t rows = last_row - first_row, depth = panel_rows<kType>(p.in_features);
+    const int64_t bytes = panel_bytes<kType>(p.in_features), parts = p.gated ? 2 : 1;
+    const char* a = p.x + first_row * p.x_row * size_of(kType);
+    int64_t a_stride = p.x_row * size_of(kType);
+    if (copies_rows<kType>(p.in_features)) {
+        copy_rows<kType>(p, first_row, rows, workspace.rows);
+        a = workspace.rows, a_stride = depth * 4;
+    }
+    for (int64_t n = first_panel; n < last_panel; n += kGroup / parts) {
+        const int64_t end = min_of(n + kGroup / parts, last_panel);
+        for (int64_t i = n * parts; i < end * parts; ++i) {
+            multiply_panel<kType>(a, a_stride, p.laid_out + i * bytes, workspace.sums + (i - n * parts) * rows * kPanel,
+                                  rows, depth, workspace.wide);
+        }
+        const int64_t first = n * kPanel, columns = min_of(end * kPanel, p.out_features) - first;
+        if (p.gated) {
+            finish<kType, true>(p, first_row, rows, first, columns, workspace.sums);
+        } else {
+            finish<kType, false>(p, first_row, rows, first, columns, workspace.sums);
+        }
+    }
+}
+
+// Calls fn with the type as a constant; linear layers have no booleans.
+template <class Fn>
+TF_INLINE void with_number_type(DType dtype, Fn&& fn) {
+    with_dtype(dtype, [&](auto type) {
+        if constexpr (type() != DType::boolean) fn(type);
+    });
+}
+
+}  // namespace
+
+LinearLayout linear_layout(DType dtype, int64_t in_features) {
+    LinearLayout layout{};
+    with_number_type(dtype, [&](auto type) {
+        layout = {kPanel, panel_bytes<type()>(in_features), LinearProduct<type()>::kRowBlock};
+    });
+    return layout;
+}
+
+void lay_out_linear(const LinearWeight& w, int64_t first_panel, int64_t last_panel) {
+    with_number_type(w.dtype, [&](auto type) {
+        const int64_t bytes = panel_bytes<type()>(w.in_features), parts = w.value_weight ? 2 : 1;
+        for (int64_t n = first_panel; n < last_panel; ++n) {
+            char* to = w.laid_out + n * parts * bytes;
+            lay_out_panel<type()>(w, w.weight, n * kPanel, to);
+            if (w.value_weight) lay_out_panel<type()>(w, w.value_weight, n * kPanel, to + bytes);
+        }
+    });
+}
+
+int64_t linear_workspace(const Linear& p) {
+    int64_t bytes = 0;
+    with_number_type(p.dtype, [&](auto type) { bytes = workspace_of<type()>(p, nullptr).bytes; });
+    return bytes;
+}
+
+void linear(const Linear& p, int64_t first_row, int64_t last_row, int64_t first_panel, int64_t last_panel,
+            char* workspace) {
+    with_number_type(p.dtype, [&](auto type) {
+        linear_of<type()>(p, first_row, last_row, first_panel, last_panel, workspace);
+    });
+}
+
+}  // namespace TF_ISA
+}  // namespace tf

@@ -95,12 +95,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: (tokens, heads, head_dim), with an even head_dim.
-        cos, sin: (tokens, 1, head_dim / 2), of the same type.
+        cos, sin: (tokens, 1, head_dim / 2), of the same type and strides.
 
     Returns:
         (tokens, heads, head_dim), contiguous.
     """
-    dense = x.stride(-1) == 1 and x.shape[-1] % 2 == 0 and cos.is_contiguous() and sin.is_contiguous()
+    dense = x.stride(-1) == cos.stride(-1) == 1 and x.shape[-1] % 2 == 0 and cos.stride() == sin.stride()
     if not (dense and cos.shape == sin.shape == (len(x), 1, x.shape[-1] // 2) and is_native(x, cos, sin)):
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -25,11 +25,11 @@ SMALL: dict[str, Any] = dict(
 GPT2: dict[str, Any] = dict(n_layer=2, n_embd=40, n_head=4, vocab_size=120, bos_token_id=1, eos_token_id=2)
 #: The configuration, and how many modules of each layer, and of the model, are taken over.
 MODELS: dict[str, tuple[str, dict[str, Any], int, int]] = {
-    "Llama": ("LlamaConfig", SMALL, 3, 1),
-    "Mistral": ("MistralConfig", SMALL | {"sliding_window": 5}, 3, 1),
-    "Qwen3": ("Qwen3Config", SMALL, 5, 1),  # norms of queries and keys too
-    "Gemma": ("GemmaConfig", SMALL | {"hidden_act": "gelu_pytorch_tanh"}, 3, 1),
-    "Gemma 2": ("Gemma2Config", SMALL | {"query_pre_attn_scalar": 10}, 5, 1),
+    "Llama": ("LlamaConfig", SMALL, 4, 1),
+    "Mistral": ("MistralConfig", SMALL | {"sliding_window": 5}, 4, 1),
+    "Qwen3": ("Qwen3Config", SMALL, 6, 1),  # norms of queries and keys too
+    "Gemma": ("GemmaConfig", SMALL | {"hidden_act": "gelu_pytorch_tanh"}, 4, 1),
+    "Gemma 2": ("Gemma2Config", SMALL | {"query_pre_attn_scalar": 10}, 6, 1),
     "GPT-2": ("GPT2Config", GPT2, 1, 0),
 }
 

@@ -38,11 +38,11 @@ def gate(is_silu: bool, gate: Tensor, gate_stride: int, value: Tensor, value_str
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``x`` (tokens, heads, head_dim) turned by angles whose cosines and sines are contiguous."""
+    """``x`` (tokens, heads, head_dim) turned by angles whose cosines and sines have the same strides."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tokens, heads, head_dim = x.shape
     _C_cpu.rotate(
         DTYPES[x.dtype], tokens, heads, head_dim, x.data_ptr(), x.stride(0), x.stride(1), cos.data_ptr(),
-        sin.data_ptr(), head_dim // 2, out.data_ptr(), torch.get_num_threads(),
+        sin.data_ptr(), cos.stride(0), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out

@@ -243,6 +243,14 @@ class PackedProduct:
         return PackedProduct, ()
 
 
+def packed_product(module: nn.Module) -> PackedProduct | None:
+    """What a layer multiplies by, if it is a packed linear layer that nobody listens to."""
+    if not isinstance(module, _Packs) or module._forward_hooks or module._forward_pre_hooks:
+        return None
+    product = vars(module).get("product")
+    return product if isinstance(product, PackedProduct) else None
+
+
 class _Packs(Swapped):
     """A linear layer with a :class:`PackedProduct`."""
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import types
 import warnings
+import weakref
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -18,8 +21,10 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .. import pointwise
+from ..linear import ACTIVATIONS
 from ..ops import is_watched
 from ..spec import UnsupportedError
+from .linears import packed_product
 from .swap import Swapped, is_swapped, own_class, swapped
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -44,9 +49,12 @@ class _RMSNormPlusOne(_RMSNorm):
 
 
 class _Gated(Swapped):
-    """A feed-forward layer ``down(activation(gate(x)) * up(x))``; with gradients and in training the module's own."""
+    """A feed-forward layer ``down(activation(gate(x)) * up(x))``; with gradients and in training the module's own.
 
-    _gated = staticmethod(pointwise.gated_silu)
+    Where both layers are packed, they are one product.
+    """
+
+    _activation, _gated = "swiglu", staticmethod(pointwise.gated_silu)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """(..., d) to the same."""
@@ -54,11 +62,46 @@ class _Gated(Swapped):
         (x,) = (*args, *kwargs.values())
         if self.training or torch.is_grad_enabled():
             return super().forward(x)
-        return own.down_proj(self._gated(own.gate_proj(x), own.up_proj(x)))
+        gate, up = own.gate_proj, own.up_proj
+        product = packed_product(gate)
+        if product is None or packed_product(up) is None:
+            return own.down_proj(self._gated(gate(x), up(x)))
+        return own.down_proj(product(x, gate.weight, gate.bias, self._activation, value=(up.weight, up.bias)))
 
 
 class _GatedGelu(_Gated):
-    _gated = staticmethod(pointwise.gated_gelu_tanh)
+    _activation, _gated = "geglu_tanh", staticmethod(pointwise.gated_gelu_tanh)
+
+
+class _Activated(Swapped):
+    """A linear layer and its activation, of a module that has nothing else; in one pass where the layer is packed."""
+
+    _activation = "gelu"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """(..., d) to (..., inner size)."""
+        own: Any = self
+        (x,) = (*args, *kwargs.values())
+        product = packed_product(own.dense)
+        if product is None or self.training or torch.is_grad_enabled():
+            return super().forward(x)
+        return product(x, own.dense.weight, own.dense.bias, self._activation)
+
+
+class _ActivatedGeluTanh(_Activated):
+    _activation = "gelu_tanh"
+
+
+class _ActivatedRelu(_Activated):
+    _activation = "relu"
+
+
+class _Rotates(Swapped):
+    """An attention layer that turns queries and keys by a function of its file, ``apply_rotary_pos_emb``."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module's own."""
+        return _with_rotary(own_class(self).forward)(self, *args, **kwargs)
 
 
 class _GeluTanh(Swapped):
@@ -70,7 +113,96 @@ class _GeluTanh(Swapped):
         return pointwise.gelu_tanh(x)
 
 
-_MIXINS = (_RMSNorm, _Gated, _GeluTanh)
+_MIXINS = (_RMSNorm, _Gated, _GeluTanh, _Activated, _Rotates)
+_ROTARY = "apply_rotary_pos_emb"
+
+
+@functools.cache
+def _with_rotary(function: Any) -> Any:
+    """The function with another ``apply_rotary_pos_emb`` among its globals; those of its file stay as they are."""
+    rotary = _rotary(function.__globals__[_ROTARY])
+    changed = types.FunctionType(
+        function.__code__, {**function.__globals__, _ROTARY: rotary}, function.__name__, function.__defaults__,
+        function.__closure__,
+    )  # fmt: skip
+    changed.__kwdefaults__ = function.__kwdefaults__
+    return changed
+
+
+@functools.cache
+def _rotary(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """``theirs``, by the kernel where that takes the tensors and they are as in Llama."""
+
+    def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or not _takes_angles(q, k, cos, sin):
+            return theirs(q, k, cos, sin, *args, **kwargs)
+        rows, half = q.shape[0] * q.shape[2], q.shape[3] // 2
+        angles = [t.expand(q.shape[0], -1, -1).reshape(rows, 1, -1)[..., :half] for t in (cos, sin)]
+        turned = (pointwise.rotate(x.transpose(1, 2).flatten(0, 1), *angles) for x in (q, k))
+        return tuple(x.unflatten(0, (-1, q.shape[2])).transpose(1, 2) for x in turned)
+
+    return rotary
+
+
+def _takes_angles(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Are these (batch, heads, seqlen, d) and (batch or 1, seqlen, d), with the angles of half a head twice?"""
+    return (
+        pointwise.is_native(q, k, cos, sin)
+        and q.dim() == k.dim() == 4
+        and cos.dim() == sin.dim() == 3
+        and (q.shape[0], *q.shape[2:]) == (k.shape[0], *k.shape[2:])
+        and cos.shape == sin.shape
+        and cos.shape[0] in (1, q.shape[0])
+        and cos.shape[1:] == q.shape[2:]
+        and q.shape[3] % 2 == 0
+        and _repeats(cos)
+        and _repeats(sin)
+    )
+
+
+#: Angles seen last, and whether their halves are equal: all layers are given the same.
+_seen_angles: dict[int, tuple[weakref.ref[Tensor], int, bool]] = {}
+
+
+def _repeats(angles: Tensor) -> bool:
+    seen = _seen_angles.get(id(angles))
+    if seen is not None and seen[0]() is angles and seen[1] == _version(angles):
+        return seen[2]
+    repeats = torch.equal(*angles.chunk(2, dim=-1))
+    if len(_seen_angles) >= 8:
+        _seen_angles.clear()
+    _seen_angles[id(angles)] = weakref.ref(angles), _version(angles), repeats
+    return repeats
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+@functools.cache
+def _is_rotary(function: Callable[..., Any]) -> bool:
+    """Does this function turn queries and keys as Llama's does, tried on numbers?"""
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0), device="cpu")
+    q, k, angles = draw(2, 5, 3, 8).transpose(1, 2), draw(2, 5, 1, 8).transpose(1, 2), draw(2, 5, 4).repeat(1, 1, 2)
+    try:
+        with torch.no_grad():
+            expected, found = (f(q, k, angles.cos(), angles.sin()) for f in (function, _rotary(function)))
+            is_native = pointwise.is_native(q, k, angles)
+            return is_native and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True))
+    except Exception:  # what cannot be tried is left alone
+        return False
+
+
+def _may_rotate(module: Any) -> bool:
+    function = type(module).forward
+    return (
+        isinstance(function, types.FunctionType)
+        and "forward" not in vars(module)
+        and _ROTARY in function.__code__.co_names
+        and _ROTARY in function.__globals__
+        and all(p.is_cpu for p in module.parameters())
+        and _is_rotary(function.__globals__[_ROTARY])
+    )
 
 
 def _eps(norm: Any) -> Any:
@@ -86,6 +218,8 @@ def _candidates(module: Any) -> list[Any]:
         return [_Gated, _GatedGelu]
     if name in ("NewGELUActivation", "FastGELUActivation"):
         return [_GeluTanh]
+    if isinstance(getattr(module, "dense", None), nn.Linear) and hasattr(module, "intermediate_act_fn"):
+        return [_Activated, _ActivatedGeluTanh, _ActivatedRelu]
     return []
 
 
@@ -95,6 +229,9 @@ def _input_for(module: Any) -> Tensor:
     if hasattr(module, "gate_proj"):
         x = draw(4, module.gate_proj.in_features)
         return x * (3.0 / module.gate_proj(x).std())
+    if hasattr(module, "intermediate_act_fn"):
+        x = draw(4, module.dense.in_features)
+        return x * (3.0 / module.dense(x).std())
     return 3.0 * draw(4, len(module.weight) if hasattr(module, "weight") else 64)
 
 
@@ -114,8 +251,12 @@ def _mixin_of(module: Any) -> Any:
         if not (theirs.abs().max() > 0 and pointwise.is_native(x, *trial.parameters())):
             return None  # the trial would prove nothing
         for mixin in candidates:
-            trial.__class__ = swapped(mixin, own)
-            if (trial.forward(x) - theirs).abs().max() <= 1e-5 * theirs.abs().max():
+            if issubclass(mixin, _Activated):  # which alone, without a packed layer, is what it was
+                ours = ACTIVATIONS[mixin._activation](trial.dense(x))
+            else:
+                trial.__class__ = swapped(mixin, own)
+                ours = trial.forward(x)
+            if (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max():
                 return mixin
     except Exception:  # what cannot be tried is left alone
         return None
@@ -220,6 +361,11 @@ def fuse_pointwise(model: _Module) -> _Module:
     - Root mean square norms, and the gates of feed-forward layers (``gate_proj``, ``up_proj``, ``down_proj`` with SiLU
       or the tanh form of GELU): in inference on a CPU one pass of a kernel of ours, in float32 and rounded once. With
       gradients and elsewhere they are what they were.
+    - Rotary positions, where a layer's file has a function ``apply_rotary_pos_emb`` that computes what Llama's does: in
+      inference on a CPU by a kernel of ours. The layer's ``forward`` sees another function under this name; the file
+      itself stays as it is.
+    - With :func:`pack_linears`, before or after: the gate's two layers are one product, and the layer ``dense`` of
+      BERT's kind and its activation are.
     - The tanh form of GELU composed of eight operators (``NewGELUActivation``): PyTorch's own function, in training
       too.
     - transformers' loss for causal language models on a CPU: :func:`causal_lm_loss`, which keeps no log-probabilities
@@ -237,7 +383,9 @@ def fuse_pointwise(model: _Module) -> _Module:
     """
     count = 0
     for module in model.modules():
-        mixin = None if _is_fused(module) else _mixin_of(module)
+        mixin: Any = None
+        if not _is_fused(module):
+            mixin = _Rotates if _may_rotate(module) else _mixin_of(module)
         if mixin is not None:
             own: Any = type(module)
             module.__class__ = swapped(mixin, own)

@@ -20,9 +20,9 @@ from rich.console import Console
 from torch import Tensor
 
 from transformer_fast import models
+from transformer_fast.backends import cpu_linear
 from transformer_fast.dropin import pack_linears, unpack_linears
-from transformer_fast.models.layers import AttentionOptions, fused_attention
-from transformer_fast.models.layout import TokenLayout
+from transformer_fast.models.layers import fused_attention
 from transformer_fast.testing import judge
 from transformer_fast.testing.environment import environment
 
@@ -147,28 +147,35 @@ def decoder_pairs(dtype: torch.dtype, folder: str) -> Iterator[tuple[Any, Pair]]
 
 
 def shares(model: Any, step: Callable[[], object]) -> tuple[float, float | None]:
-    """Of one step's time: matrix products, and attention where it is not behind a cache."""
-    spent = 0.0
+    """Of one step's time: linear layers, and attention where it is not behind a cache."""
+    spent = {"products": 0.0, "attention": 0.0}
 
-    def timed(query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, options: AttentionOptions) -> Tensor:
-        nonlocal spent
+    def timed(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any) -> Tensor:
+            start = time.perf_counter()
+            out = function(*args)
+            spent[name] += time.perf_counter() - start
+            return out
+
+        return call
+
+    multiply = cpu_linear.multiply
+    model.set_attention(timed("attention", fused_attention))
+    cpu_linear.multiply = timed("products", multiply)
+    try:
         start = time.perf_counter()
-        out = fused_attention(query, key, value, layout, options)
-        spent += time.perf_counter() - start
-        return out
-
-    model.set_attention(timed)
-    start = time.perf_counter()
-    step()
-    whole = time.perf_counter() - start
-    model.set_attention(fused_attention)
+        step()
+        whole = time.perf_counter() - start
+    finally:
+        cpu_linear.multiply = multiply
+        model.set_attention(fused_attention)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         start = time.perf_counter()
         step()
         profiled = time.perf_counter() - start
-    names = ("aten::mm", "aten::addmm", "aten::linear", "mkldnn::_linear_pointwise")
-    products = sum(row.self_cpu_time_total for row in profile.key_averages() if row.key in names) / 1e6
-    return products / profiled, spent / whole if spent else None
+    names = ("aten::mm", "aten::addmm", "aten::linear")
+    others = sum(row.self_cpu_time_total for row in profile.key_averages() if row.key in names) / 1e6
+    return spent["products"] / whole + others / profiled, spent["attention"] / whole or None
 
 
 @torch.no_grad()

@@ -41,22 +41,23 @@ TF_INLINE F reciprocal(F x) {
     return 1.0f / x;
 }
 
-// x / (1 + exp(-x)), with 0 where the exponential leaves the range in which every instruction set's exp2 is right.
+// x / (1 + 2^exponent), with 0 where the power leaves the range in which every instruction set's exp2 is right.
 template <bool kCoarse>
-TF_INLINE F silu(F x) {
-    const F exponent = x * -kLog2E;
-    const F sigmoid = reciprocal<kCoarse>(1.0f + exp2<kCoarse ? 3 : 5>(minimum(set1(126.0f), exponent)));
-    return x * select(exponent > 126.0f, zero(), sigmoid);
+TF_INLINE F over_one_plus_exp2(F x, F exponent) {
+    const F inverse = reciprocal<kCoarse>(1.0f + exp2<kCoarse ? 3 : 5>(minimum(set1(126.0f), exponent)));
+    return x * select(exponent > 126.0f, zero(), inverse);
 }
 
-// x * sigmoid(2 u) is x / 2 * (1 + tanh(u)).
+template <bool kCoarse>
+TF_INLINE F silu(F x) {
+    return over_one_plus_exp2<kCoarse>(x, x * -kLog2E);
+}
+
+// x / 2 * (1 + tanh(u)), which is x / (1 + exp(-2 u)): nothing cancels where the tanh is near -1.
 template <bool kCoarse>
 TF_INLINE F gelu_tanh(F x) {
     const F u = 0.797884561f * (x + 0.044715f * (x * x * x));
-    if constexpr (!kCoarse) return 0.5f * x * (1.0f + tanh(u));
-    const F exponent = u * (-2.0f * kLog2E);
-    return x * select(exponent > 126.0f, zero(),
-                      reciprocal<true>(1.0f + exp2<3>(minimum(set1(126.0f), exponent))));
+    return over_one_plus_exp2<kCoarse>(x, u * (-2.0f * kLog2E));
 }
 
 // x times the normal distribution's integral, whose half below 0 is exp(-x^2 / 2) P(1 / (1 + p |x|)). P is a minimax

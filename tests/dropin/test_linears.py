@@ -12,14 +12,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import cpu_targets
 from dropin.promised import PROMISED
 from torch import Tensor, nn
 
 from transformer_fast import models
+from transformer_fast.backends import cpu_linear
+from transformer_fast.backends.cpu import force_isa
 from transformer_fast.dropin import linears, pack_linears, unpack_linears
+from transformer_fast.linear import linear
 from transformer_fast.testing import judge
 
-pytestmark = pytest.mark.skipif(not linears._DTYPES, reason="this PyTorch is built without oneDNN")
 IN, OUT = 384, 352  # as many elements as are worth it, neither a power of two
 
 
@@ -58,7 +61,7 @@ def assert_right(module: nn.Linear, x: Tensor) -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1,), (7,), (600,), (2, 5), (1, 1, 3)])
-@pytest.mark.parametrize("dtype", linears._DTYPES)
+@pytest.mark.parametrize("dtype", sorted(cpu_linear.TYPES, key=str))
 @torch.no_grad()
 def test_products(dtype: torch.dtype, shape: tuple[int, ...], bias: bool) -> None:
     module = pack_linears(layer(dtype, bias))
@@ -338,11 +341,11 @@ def test_what_is_quicker_is_found_once_for_each_kind(monkeypatch: pytest.MonkeyP
 
         return call
 
-    def asks(x: Tensor, *rest: Any) -> bool:
-        asked.append(len(x))
-        return TRY_BOTH(x, *rest)
+    def asks(plain: Callable[[], Tensor], packed: Callable[[], Tensor], rows: int) -> bool:
+        asked.append(rows)
+        return TRY_BOTH(plain, packed, rows)
 
-    where, name = (linears, "_multiply") if slow == "packed" else (linears.F, "linear")
+    where, name = (cpu_linear, "multiply") if slow == "packed" else (linears.F, "linear")
     monkeypatch.setattr(where, name, slowed(getattr(where, name)))
     monkeypatch.setattr(linears, "is_quicker_packed", asks)
     model = pack_linears(nn.Sequential(layer(), nn.Linear(OUT, IN), layer()))
@@ -366,6 +369,88 @@ def test_nothing_is_packed_where_bits_must_be_the_same_tomorrow() -> None:
         torch.use_deterministic_algorithms(False)
     module(rows(20))
     assert len(linears._quicker) == 2
+
+
+@torch.no_grad()
+def test_products_of_few_rows_are_tried_with_weights_from_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a model every weight is met once a step, so one that is in a cache would tell nothing."""
+    pushed_out: list[int] = []
+    monkeypatch.setattr(linears, "_CACHE", 2**10)
+    monkeypatch.setattr(Tensor, "fill_", lambda self, value: pushed_out.append(self.numel()))
+    for rows in (1, 32, 33):
+        pushed_out.clear()
+        TRY_BOTH(lambda: rows, lambda: rows, rows)
+        assert pushed_out == [2**10 if rows <= 32 else 0] * 10
+
+
+@pytest.fixture
+def product() -> linears.PackedProduct:
+    return linears.PackedProduct()
+
+
+def exact(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
+    wide = [None if t is None else t.double() for t in (x, weight, bias, residual)]
+    return linear(*wide[:3], activation, wide[3])
+
+
+@pytest.mark.parametrize("dtype", sorted(cpu_linear.TYPES, key=str))
+@pytest.mark.parametrize("activation", [None, "gelu", "swiglu", "tanh"])
+@torch.no_grad()
+def test_what_follows_a_product(product: linears.PackedProduct, dtype: torch.dtype, activation: str | None) -> None:
+    """The kernel does it, or PyTorch where the kernel cannot; a residual of another type or shape too."""
+    module, x = layer(dtype), rows(2, 5, dtype=dtype)
+    size = OUT // 2 if activation == "swiglu" else OUT
+    whole = torch.randn(2, 5, size).to(dtype)
+    residuals = (None, whole, torch.randn(5, 2, size).to(dtype).transpose(0, 1), whole[:1], whole.double())
+    for residual in residuals:
+        found = product(x, module.weight, module.bias, activation, residual)
+        baseline = linear(x, module.weight, module.bias, activation, residual)
+        assert found.dtype == baseline.dtype
+        verdict = judge(found, exact(x, module.weight, module.bias, activation, residual), baseline)
+        assert verdict.passed, verdict
+    assert (product.found is None) == (activation == "tanh")
+
+
+@torch.no_grad()
+def test_gates_of_two_weights(product: linears.PackedProduct) -> None:
+    gate, up, x = layer(), layer(), rows(5)
+    up.weight.copy_(torch.randn(OUT, IN) / IN**0.5)
+
+    def assert_both_count() -> None:
+        found = product(x, gate.weight, gate.bias, "swiglu", value=(up.weight, up.bias))
+        both = torch.cat((gate.weight, up.weight)), torch.cat((gate.bias, up.bias))
+        verdict = judge(found, exact(x, *both, "swiglu", None), linear(x, *both, "swiglu"))
+        assert verdict.passed, verdict
+
+    assert_both_count()
+    up.weight.mul_(3.0)
+    assert_both_count()
+    gate.bias.add_(1.0)
+    assert_both_count()
+    up.bias = None
+    gate.bias = None
+    found = product(x, gate.weight, None, "swiglu", value=(up.weight, None))
+    both = torch.cat((gate.weight, up.weight))
+    assert judge(found, exact(x, both, None, "swiglu", None), linear(x, both, None, "swiglu")).passed
+    up.weight.data = up.weight.data.t().contiguous().t()  # of other strides
+    found = product(x, gate.weight, None, "swiglu", value=(up.weight, None))
+    assert product.found is None
+    assert torch.equal(found, nn.functional.silu(gate(x)) * up(x))
+    up.weight.requires_grad_()
+    with torch.enable_grad():
+        product(x, gate.weight, None, "swiglu", value=(up.weight, None)).sum().backward()
+    assert up.weight.grad is not None
+
+
+@torch.no_grad()
+def test_another_activation_or_instruction_set_is_laid_out_again(product: linears.PackedProduct) -> None:
+    module, x = layer(torch.bfloat16), rows(5, dtype=torch.bfloat16)
+    for isa in (*cpu_targets.ISAS, *reversed(cpu_targets.ISAS)):
+        for activation in (None, "swiglu", "gelu"):
+            with force_isa(isa):
+                found = product(x, module.weight, module.bias, activation)
+            baseline = linear(x, module.weight, module.bias, activation)
+            assert judge(found, exact(x, module.weight, module.bias, activation, None), baseline).passed
 
 
 def test_nothing_to_pack() -> None:

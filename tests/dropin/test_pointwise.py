@@ -15,8 +15,17 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from transformer_fast import pointwise
-from transformer_fast.dropin import causal_lm_loss, fuse_pointwise, skip_padding, unfuse_pointwise
-from transformer_fast.dropin.pointwise import _is_fused
+from transformer_fast.backends import cpu_linear
+from transformer_fast.dropin import (
+    causal_lm_loss,
+    fuse_pointwise,
+    linears,
+    pack_linears,
+    skip_padding,
+    unfuse_pointwise,
+    unpack_linears,
+)
+from transformer_fast.dropin.pointwise import _is_fused, _Rotates
 
 SMALL: dict[str, Any] = dict(
     hidden_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=10,
@@ -300,3 +309,172 @@ def test_hooks_see_calls_and_no_trial() -> None:
     assert len(fused(model)) == 9
     model(ids())
     assert len(seen) == 9
+
+
+def turned(model: nn.Module) -> list[nn.Module]:
+    return [module for module in fused(model) if isinstance(module, _Rotates)]
+
+
+@pytest.fixture
+def rotations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of tokens of each call of the kernel."""
+    calls: list[int] = []
+
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        calls.append(len(x))
+        return ROTATE(x, cos, sin)
+
+    monkeypatch.setattr(pointwise, "rotate", rotate)
+    return calls
+
+
+ROTATE = pointwise.rotate
+
+
+@torch.no_grad()
+def test_rotary_positions(rotations: list[int]) -> None:
+    """Shared by a batch, its own for each sequence, and continued behind a cache."""
+    model = build("Llama")
+    mask = torch.ones(3, 13, dtype=torch.long)
+    mask[1, :5] = 0
+    asked: dict[str, Any] = dict(attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    positions = ids() % 11
+    expected = [model(ids()).logits, model(ids(), position_ids=positions).logits, model.generate(ids(), **asked)]
+    assert len(turned(fuse_pointwise(model))) == 2
+    assert not rotations
+    assert_same(model(ids()).logits, expected[0])
+    assert_same(model(ids(), position_ids=positions).logits, expected[1])
+    assert rotations == [39] * 8  # queries and keys of two layers, each time
+    assert torch.equal(model.generate(ids(), **asked), expected[2])
+    assert rotations[-4:] == [3] * 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["halves", "dtype", "interleaved", "float64"])
+def test_angles_of_another_kind_stay_with_the_model(rotations: list[int], change: str) -> None:
+    model = build("Llama")
+    if change == "float64":
+        model.double()
+    inner = model.model.rotary_emb.forward
+
+    def angles(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        cos, sin = inner(*args, **kwargs)
+        if change == "halves":
+            cos = cos + torch.arange(cos.shape[-1])
+        if change == "dtype":
+            cos, sin = cos.double(), sin.double()
+        if change == "interleaved":
+            cos = cos.repeat_interleave(2, dim=-1)[..., ::2][..., torch.randperm(cos.shape[-1])]
+        return cos, sin
+
+    if change != "float64":
+        model.model.rotary_emb.forward = angles
+    torch.manual_seed(0)
+    expected = None if change == "dtype" else model(ids()).logits
+    assert len(turned(fuse_pointwise(model))) == 2
+    torch.manual_seed(0)
+    if expected is None:
+        with pytest.raises(RuntimeError):  # of the two types, as without us
+            model(ids())
+    else:
+        assert_same(model(ids()).logits, expected)
+    assert not rotations
+
+
+def test_the_file_of_the_model_stays_as_it_is() -> None:
+    from transformers.models.llama import modeling_llama
+
+    before = dict(vars(modeling_llama))
+    model, other = fuse_pointwise(build("Llama")), build("Llama")
+    model(ids())
+    assert vars(modeling_llama) == before
+    assert not turned(other)
+
+
+def test_rotary_of_another_form_is_left_alone() -> None:
+    """GPT-J turns neighbours, GLM a part of neighbours, Cohere too: their files have functions of their own."""
+    settings = dict(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=40)
+    for name in ("Cohere", "Glm"):
+        config = getattr(transformers, f"{name}Config")(**settings, num_key_value_heads=2, head_dim=8, pad_token_id=0)
+        assert not turned(fuse_pointwise(transformers.AutoModelForCausalLM.from_config(config))), name
+
+
+def test_compiled_rotation() -> None:
+    model = fuse_pointwise(build("Llama"))
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        assert_same(compiled(ids(), use_cache=False).logits, model(ids(), use_cache=False).logits)
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """What follows each packed product; every product is packed."""
+    calls: list[str | None] = []
+
+    def multiply(*args: Any) -> Tensor:
+        calls.append(args[7])
+        return MULTIPLY(*args)
+
+    monkeypatch.setattr(cpu_linear, "multiply", multiply)
+    monkeypatch.setattr(linears, "is_quicker_packed", lambda *_: True)
+    monkeypatch.setattr(linears, "_quicker", {})
+    monkeypatch.setattr(linears, "_LEAST", 0)
+    return calls
+
+
+MULTIPLY = cpu_linear.multiply
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", [(fuse_pointwise, pack_linears), (pack_linears, fuse_pointwise)])
+@pytest.mark.parametrize(("name", "gate"), [("Llama", "swiglu"), ("Gemma", "geglu_tanh")])
+def test_gates_of_packed_layers(name: str, gate: str, order: Any, products: list[str | None]) -> None:
+    """Are one product; a hook on a layer is heard all the same."""
+    model = build(name)
+    expected = model(ids()).logits
+    for change in order:
+        change(model)
+    products.clear()  # those of trials
+    assert_same(model(ids()).logits, expected)
+    assert products == [None, None, None, None, gate, None] * 2 + [None]
+    heard: list[int] = []
+    products.clear()
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: heard.append(1))
+    assert_same(model(ids()).logits, expected)
+    assert heard == [1]
+    assert products.count(gate) == 1
+    model.model.layers[1].mlp.up_proj.weight.mul_(2.0)
+    unpacked = unpack_linears(copy.deepcopy(model))
+    assert_same(model(ids()).logits, unpacked(ids()).logits)
+    assert (model(ids()).logits - expected).abs().max() > 0.01
+
+
+BERTS: dict[str, str | None] = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "tanh": None}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", BERTS)
+def test_dense_layers_and_their_activation(activation: str, products: list[str | None]) -> None:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        hidden_size=40, num_hidden_layers=2, num_attention_heads=4, intermediate_size=72, vocab_size=120,
+        hidden_act=activation,
+    )  # fmt: skip
+    model = transformers.AutoModel.from_config(config).eval()
+    expected = model(ids()).last_hidden_state
+    wanted = BERTS[activation]
+    if wanted is None:
+        with pytest.warns(UserWarning, match="nothing is fused"):
+            fuse_pointwise(model)
+    else:
+        fuse_pointwise(model)
+        assert_same(model(ids()).last_hidden_state, expected)
+        assert not products
+    pack_linears(model)
+    assert_same(model(ids()).last_hidden_state, expected)
+    assert products.count(wanted) == (2 if wanted else 13)
+    with torch.enable_grad():
+        products.clear()
+        model.train()(ids()).last_hidden_state.sum().backward()
+        assert not products
+        assert all(p.grad is not None for p in model.encoder.parameters())

@@ -32,110 +32,120 @@ _Module = TypeVar("_Module", bound=nn.Module)
 _LEAST = 2**14
 
 
-def _may_pack(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], in_features: int) -> bool:
-    """Is this product inference on a CPU, which nobody traces, differentiates or casts?"""
-    dtype, weight = x.dtype, weights[0]
-    return (
-        dtype in cpu_linear.TYPES
-        and is_plain_inference(x, *weights, *biases)
-        and x.dim() >= 2
-        and x.numel() > 0
-        and x.shape[-1] == in_features
-        and weight.numel() >= _LEAST
-        and all(
-            w.dtype is dtype
-            and w.shape == weight.shape
-            and w.stride() == weight.stride()
-            and not w.is_inference()  # changes of which are not counted
-            and w.grad is None  # else an optimizer is about to change it, and fused ones are not counted
-            for w in weights
-        )
-        and all(b is None or _is_plain_bias(b, weight.numel() // in_features, dtype) for b in biases)
-    )
-
-
-def _is_plain_bias(bias: Tensor, out_features: int, dtype: torch.dtype) -> bool:
-    """Is it what the kernel takes without a look at its strides?"""
-    return bias.dtype is dtype and bias.shape == (out_features,) and bias.is_contiguous()
-
-
-class _LaidOut(NamedTuple):
-    """Weights as the kernel reads them, and what they were then."""
-
-    packed: Tensor
-    aliases: tuple[Tensor, ...]  # keep the memory, so that no other weight can come to lie at their addresses
-    versions: tuple[int, ...]
-    isa: str
-    is_gated: bool
-
-    def is_of(self, weights: tuple[Tensor, ...], is_gated: bool) -> bool:
-        return (
-            self.is_gated == is_gated
-            and self.isa == cpu_linear.instruction_set()
-            and len(weights) == len(self.aliases)
-            and all(map(_is_same, weights, self.aliases, self.versions))
-        )
-
-
-def _is_same(weight: Tensor, alias: Tensor, version: int) -> bool:
-    return (
-        weight._version == version
-        and weight.data_ptr() == alias.data_ptr()
-        and weight.dtype is alias.dtype
-        and weight.shape == alias.shape
-        and weight.stride() == alias.stride()
-    )
-
-
 class Product(NamedTuple):
-    """What is multiplied: one weight or, of a gate whose value has its own, two, each (out_features, in_features)."""
+    """What is multiplied: one weight or, of a gate whose value has its own, two, each (out_features, in_features).
+
+    ``by_columns``: they are (in_features, out_features).
+    """
 
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor | None, ...]
     activation: str | None
     residual: Tensor | None
+    by_columns: bool
 
     @property
-    def is_gated(self) -> bool:
-        return self.activation in GATES
+    def rows(self) -> list[Tensor]:
+        """The weights (out_features, in_features)."""
+        return [w.t() for w in self.weights] if self.by_columns else list(self.weights)
 
     def plain(self, x: Tensor) -> Tensor:
         """By PyTorch's operators."""
         if len(self.weights) == 1:
-            return linear(x, self.weights[0], self.biases[0], self.activation, self.residual)
+            return linear(x, self.rows[0], self.biases[0], self.activation, self.residual)
         assert self.activation is not None
-        gate, value = map(F.linear, (x, x), self.weights, self.biases)
-        y = GATES[self.activation](gate, value)
+        y = GATES[self.activation](*map(F.linear, (x, x), self.rows, self.biases))
         return y if self.residual is None else self.residual + y
-
-    def lay_out(self) -> _LaidOut:
-        weights = tuple(w.detach() for w in self.weights)
-        versions = tuple(w._version for w in self.weights)
-        first, second = _halves(weights, self.is_gated)
-        return _LaidOut(cpu_linear.lay_out(first, second), weights, versions, cpu_linear.instruction_set(), self.is_gated)
 
     def packed(self, x: Tensor, found: _LaidOut) -> Tensor:
         """By the kernel."""
-        bias, value_bias = _halves(self.biases, self.is_gated)
-        out_features = self.weights[0].shape[0] // (1 + (self.is_gated and len(self.weights) == 1))
+        residual, fused, fused_stride = self.residual, None, 0
         stride = row_stride(x)
         if stride is None:
             x = x.contiguous()
             stride = x.shape[-1]
-        residual = self.residual
-        fused, fused_stride = residual, 0
         if residual is not None:
-            found_stride = row_stride(residual)
-            takes = residual.dtype is x.dtype and residual.shape == (*x.shape[:-1], out_features)
-            if found_stride is None or not (takes and is_plain_inference(residual)):
-                fused = None
-            else:
-                fused_stride = found_stride
-        rows = x.numel() // x.shape[-1]
+            takes = residual.dtype is x.dtype and residual.shape == (*x.shape[:-1], found.out_features)
+            found_stride = row_stride(residual) if takes and is_plain_inference(residual) else None
+            if found_stride is not None:
+                fused, fused_stride = residual, found_stride
         out = cpu_linear.multiply(
-            x, rows, stride, found.packed, out_features, bias, value_bias, self.activation, fused, fused_stride
+            x, x.numel() // x.shape[-1], stride, found.packed, found.out_features,
+            *_halves(self.biases, found.is_gated), self.activation, fused, fused_stride,
+        )  # fmt: skip
+        return out if fused is residual else residual + out
+
+
+class _LaidOut:
+    """Weights as the kernel reads them, and what they were then."""
+
+    def __init__(self, product: Product) -> None:
+        rows = [w.detach() for w in product.rows]
+        self.is_gated = product.activation in GATES
+        self.isa = cpu_linear.instruction_set()
+        self.sources = product.weights
+        self.versions = [w._version for w in product.weights]
+        #: They keep the memory, so that no other weight can come to lie at their addresses.
+        self.aliases = [w.detach() for w in product.weights]
+        self.out_features = len(rows[0]) // (2 if self.is_gated and len(rows) == 1 else 1)
+        self.packed = cpu_linear.lay_out(*_halves(tuple(rows), self.is_gated))
+
+    def is_of(self, product: Product) -> bool:
+        """Are these its weights, unchanged, and not about to be changed?"""
+        if (
+            len(product.weights) != len(self.sources)
+            or (product.activation in GATES) != self.is_gated
+            or cpu_linear.instruction_set() != self.isa
+        ):
+            return False
+        for weight, source, version, alias in zip(
+            product.weights, self.sources, self.versions, self.aliases, strict=True
+        ):
+            if (
+                weight is not source
+                or weight._version != version
+                or weight.data_ptr() != alias.data_ptr()
+                or weight.grad is not None
+                or weight.dtype is not alias.dtype
+                or weight.shape != alias.shape
+                or weight.stride() != alias.stride()
+            ):
+                return False
+        return True
+
+
+def _may_lay_out(product: Product) -> bool:
+    """Are these weights that the kernel takes, whose changes are seen?"""
+    first = product.weights[0]
+    return (
+        first.dtype in cpu_linear.TYPES
+        and first.dim() == 2
+        and first.numel() >= _LEAST
+        and all(
+            w.dtype is first.dtype
+            and w.shape == first.shape
+            and w.stride() == first.stride()
+            and not w.is_inference()  # changes of which are not counted
+            and w.grad is None  # else an optimizer is about to change it, and fused ones are not counted
+            for w in product.weights
         )
-        return out if fused is residual or residual is None else residual + out
+    )
+
+
+def _takes(x: Tensor, product: Product) -> bool:
+    """Are these rows for its weights, and biases that the kernel takes without a look at their strides?"""
+    weight = product.weights[0]
+    out_features, in_features = weight.shape
+    if product.by_columns:
+        out_features, in_features = in_features, out_features
+    if not (x.dtype is weight.dtype and x.dim() >= 2 and x.shape[-1] == in_features and x.numel() > 0):
+        return False
+    for bias in product.biases:
+        if bias is not None and not (
+            bias.dtype is x.dtype and bias.dim() == 1 and len(bias) == out_features and bias.is_contiguous()
+        ):
+            return False
+    return True
 
 
 def _halves(parts: tuple[Any, ...], is_gated: bool) -> tuple[Any, Any]:
@@ -221,33 +231,31 @@ class PackedProduct:
         Returns:
             (..., out_features), equal to the function's up to rounding.
         """
-        weight = weight.t() if by_columns else weight
-        if value is None:
-            product = Product((weight,), (bias,), activation, residual)
-        else:
-            product = Product((weight, value[0]), (bias, value[1]), activation, residual)
-        if activation not in cpu_linear.ACTIVATIONS or not _may_pack(
-            x, product.weights, product.biases, weight.shape[-1]
-        ):
+        weights, biases = ((weight,), (bias,)) if value is None else ((weight, value[0]), (bias, value[1]))
+        product = Product(weights, biases, activation, residual, by_columns)
+        found = self.found  # one look: another thread may drop it
+        if activation not in cpu_linear.ACTIVATIONS or not is_plain_inference(x, *weights, *biases):
             self.found = None
             return product.plain(x)
-        if torch.are_deterministic_algorithms_enabled():  # what is quicker may be another one tomorrow
-            return product.plain(x)
+        if found is None or not found.is_of(product):
+            self.found = found = None
+            if not _may_lay_out(product):
+                return product.plain(x)
+        if not _takes(x, product) or torch.are_deterministic_algorithms_enabled():
+            return product.plain(x)  # what is quicker may be another one tomorrow
         rows = x.numel() // x.shape[-1]
-        kind = (
-            weight.shape, by_columns, len(product.weights), weight.dtype, activation, residual is None,
-            rows.bit_length(),
-        )  # fmt: skip
+        kind = (weight.shape, by_columns, len(weights), x.dtype, activation, residual is None, rows.bit_length())
         quicker = _quicker.get(kind)
-        if quicker is None:
-            tried = product.lay_out()
-            quicker = is_quicker_packed(lambda: product.plain(x), lambda: product.packed(x, tried), rows)
-            _quicker[kind] = quicker
-        if not quicker:
+        if quicker is None or (quicker and found is None):
+            found = _LaidOut(product) if found is None else found
+            if quicker is None:
+                tried = found
+                quicker = is_quicker_packed(lambda: product.plain(x), lambda: product.packed(x, tried), rows)
+                _quicker[kind] = quicker
+            if quicker:
+                self.found = found
+        if not quicker or found is None:
             return product.plain(x)
-        found = self.found  # one look: another thread may drop it
-        if found is None or not found.is_of(product.weights, product.is_gated):
-            self.found = found = product.lay_out()
         return product.packed(x, found)
 
     def __reduce__(self) -> Any:  # a copy lays out its own

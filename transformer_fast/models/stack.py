@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from transformer_fast.linear import is_heard
 from transformer_fast.models.config import ModelConfig
 from transformer_fast.models.frontends import AudioEmbeddings, Embeddings, PatchEmbeddings
 from transformer_fast.models.layers import (
@@ -55,11 +56,12 @@ class Block(nn.Module):
         return self._add(x, self.mlp, self.mlp_norm, self.mlp_post_norm, self.dropout)
 
     def _add(
-        self, x: Tensor, layer: nn.Module, norm: nn.Module, post: nn.Module | None, drop: nn.Dropout, *context: Context
+        self, x: Tensor, layer: nn.Module, norm: nn.Module, post: nn.Module | None, drop: nn.Module, *context: Context
     ) -> Tensor:
         before = self.placement != "post"
         seen = norm(x) if before else x
-        if post is None and not (self.training and drop.p):
+        drops = type(drop) is not nn.Dropout or (drop.training and drop.p) or is_heard(drop)
+        if post is None and not drops and type(layer) in (Attention, MLP) and not is_heard(layer):
             x = layer(seen, *context, residual=x)
         else:
             y = layer(seen, *context)

@@ -77,16 +77,10 @@ void pointwise(tf::Pointwise::What what, int64_t dtype, int64_t rows, int64_t co
     tf::pointwise(p, num_threads);
 }
 
-tf::LinearWeight weight_of(int64_t dtype, int64_t in_features, int64_t out_features, Address weight, Address value_weight,
-                           int64_t out_stride, int64_t in_stride, Address laid_out) {
-    return {static_cast<tf::DType>(dtype),
-            in_features,
-            out_features,
-            tf::bindings::bytes(weight),
-            tf::bindings::bytes(value_weight),
-            out_stride,
-            in_stride,
-            tf::bindings::bytes(laid_out)};
+tf::LinearWeight weight_of(int64_t dtype, int64_t in_features, int64_t out_features, Address weight,
+                           Address value_weight, int64_t out_stride, int64_t in_stride, Address laid_out) {
+    return {static_cast<tf::DType>(dtype),     in_features, out_features, tf::bindings::bytes(weight),
+            tf::bindings::bytes(value_weight), out_stride,  in_stride,    tf::bindings::bytes(laid_out)};
 }
 
 // Everything but the pointers is Python's to check (transformer_fast/linear.py).
@@ -141,8 +135,8 @@ PYBIND11_MODULE(_C_cpu, m) {
     m.def("lay_out_linear",
           [](int64_t dtype, int64_t in_features, int64_t out_features, Address weight, Address value_weight,
              int64_t out_stride, int64_t in_stride, Address laid_out, int num_threads) {
-              const auto w = weight_of(dtype, in_features, out_features, weight, value_weight, out_stride, in_stride,
-                                       laid_out);
+              const auto w =
+                  weight_of(dtype, in_features, out_features, weight, value_weight, out_stride, in_stride, laid_out);
               py::gil_scoped_release release;
               tf::lay_out_linear(w, num_threads);
           });

@@ -117,7 +117,8 @@ TF_INLINE void tile_squares(const char* a, int64_t a_stride, const float* b, int
         }
         const char *upper_a = a, *lower_a = a + kSide * a_stride;
         const float* b_row = b;
-        for (int64_t k = 0; k < depth; k += kSide, upper_a += kSide * 4, lower_a += kSide * 4, b_row += kSide * b_stride) {
+        for (int64_t k = 0; k < depth;
+             k += kSide, upper_a += kSide * 4, lower_a += kSide * 4, b_row += kSide * b_stride) {
             tile_load<kTileB>(b_row, b_stride * 4);
             tile_load<kTileA>(upper_a, a_stride);
             tile_multiply_add<0, kTileA, kTileB>();

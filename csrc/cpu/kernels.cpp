@@ -60,9 +60,26 @@ double peak_flops(DType dtype, int64_t repeats) {
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
-    TF_STRING(TF_ISA), kRows,        kTiles * kRows, kLanes,  kLanes / 2,         forward_workspace, forward,
-    decode_workspace,  decode_state, decode,         combine, backward_workspace, backward,          store_gradient_row,
-    pointwise,         linear_layout, lay_out_linear, linear_workspace, linear, peak_flops,
+    TF_STRING(TF_ISA),
+    kRows,
+    kTiles * kRows,
+    kLanes,
+    kLanes / 2,
+    forward_workspace,
+    forward,
+    decode_workspace,
+    decode_state,
+    decode,
+    combine,
+    backward_workspace,
+    backward,
+    store_gradient_row,
+    pointwise,
+    linear_layout,
+    lay_out_linear,
+    linear_workspace,
+    linear,
+    peak_flops,
 };
 
 }  // namespace TF_ISA

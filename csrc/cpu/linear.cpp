@@ -15,22 +15,34 @@ constexpr int kPanelVectors = 2;
 constexpr int64_t kPanel = kPanelVectors * kLanes;
 constexpr int64_t kGroup = 8;  // panels whose sums wait for each other, so that rows are written in longer runs
 
+// Rows of x that a task has, and rows of a panel that stay near while they pass. Vectors want the panel in the level-1
+// cache; tiles come from the level-2 cache as quickly as they are multiplied, and every block of depth costs the sums'
+// way there and back.
+struct VectorBlocks {
+    static constexpr int64_t kRowBlock = 64, kDepthBlock = 128;
+};
+struct TileBlocks {
+    static constexpr int64_t kRowBlock = 256, kDepthBlock = 1024;
+};
+
 template <DType kType>
-struct LinearProduct {
+struct LinearProduct : VectorBlocks {
     using Product = Float32Product;
     static constexpr bool kWiden = kType != DType::f32;
     static constexpr int64_t kStep = 1;  // inputs of a 32-bit element
     static constexpr int64_t kPad = 1;   // inputs are padded with zeros to a multiple
     static constexpr int64_t kElement = kWiden ? 2 : 4;
-    static constexpr int64_t kRowBlock = 64;
-    static constexpr int64_t kDepthBlock = 128;  // rows of a panel that stay in the level-1 cache while rows of x pass
 };
 #if defined(__AVX512BF16__)
 template <>
-struct LinearProduct<DType::bf16> {
+#if defined(__AMX_BF16__)
+struct LinearProduct<DType::bf16> : TileBlocks {
+#else
+struct LinearProduct<DType::bf16> : VectorBlocks {
+#endif
     using Product = Bf16PairProduct;
     static constexpr bool kWiden = false;
-    static constexpr int64_t kStep = 2, kPad = 32, kElement = 4, kRowBlock = 256, kDepthBlock = 1024;
+    static constexpr int64_t kStep = 2, kPad = 32, kElement = 4;
 };
 #endif
 
@@ -247,9 +259,8 @@ int64_t linear_workspace(const Linear& p) {
 
 void linear(const Linear& p, int64_t first_row, int64_t last_row, int64_t first_panel, int64_t last_panel,
             char* workspace) {
-    with_number_type(p.dtype, [&](auto type) {
-        linear_of<type()>(p, first_row, last_row, first_panel, last_panel, workspace);
-    });
+    with_number_type(p.dtype,
+                     [&](auto type) { linear_of<type()>(p, first_row, last_row, first_panel, last_panel, workspace); });
 }
 
 }  // namespace TF_ISA

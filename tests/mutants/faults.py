@@ -37,6 +37,8 @@ _LINEAR = _selection("test_linear", "portable")
 _LINEAR_TILES = _selection("test_linear", "amx_bf16 and bfloat16")
 _PACKED = _selection("dropin/test_linears", "not compiled and not models and not tracing")
 _ROTARY = _selection("dropin/test_pointwise", "rotary or angles or rotation or gates or dense")
+_STACK = _selection("models/test_stack", "hooks or parts")
+_CACHE = _selection("models/test_cache", "padded or shorter")
 _THREADS = _selection("test_cpu_native", "same_bits and float32")
 _DATA = _selection("test_arguments", "data_out_of_range")
 _ROWS = _selection("test_arguments", "rejects")
@@ -185,11 +187,17 @@ LINEAR = [
     Fault("packed: a weight laid out for another instruction set", _PACKAGE + "dropin/linears.py",
           "or cpu_linear.instruction_set() != self.isa", "", _PACKED, "avx512_bf16"),
     Fault("packed: the residual forgotten where the kernel does not take it", _PACKAGE + "dropin/linears.py",
-          "return out if fused is residual else residual + out", "return out", _PACKED),
+          "return out if residual is None or fused is residual else residual + out", "return out", _PACKED),
     Fault("rotary: angles of unequal halves taken for Llama's", _PACKAGE + "dropin/pointwise.py",
           "repeats = torch.equal(*angles.chunk(2, dim=-1))", "repeats = True", _ROTARY),
-    Fault("gates: a hook on a packed layer is not heard", _PACKAGE + "dropin/linears.py",
-          " or module._forward_hooks or module._forward_pre_hooks", "", _ROTARY),
+    Fault("blocks: a hook on a layer hears the residual", _PACKAGE + "models/stack.py",
+          " and not is_heard(layer):", ":", _STACK),
+    Fault("cache: the slot of a padded sequence's next token by its grid", _PACKAGE + "generation/cache.py",
+          " and layout.key_padding_mask is None\n        slot", "\n        slot", _CACHE),
+    Fault("cache: the slot of a sequence chosen from others by the longest", _PACKAGE + "generation/cache.py",
+          "        self._is_exact = False\n", "", _CACHE),
+    Fault("gates: a hook on a packed layer is not heard", _PACKAGE + "linear.py",
+          " and not is_heard(layer) else None", " else None", _ROTARY),
 ]  # fmt: skip
 
 OPTIONS = [

@@ -73,7 +73,7 @@ class Product(NamedTuple):
             x, x.numel() // x.shape[-1], stride, found.packed, found.out_features,
             *_halves(self.biases, found.is_gated), self.activation, fused, fused_stride,
         )  # fmt: skip
-        return out if fused is residual else residual + out
+        return out if residual is None or fused is residual else residual + out
 
 
 class _LaidOut:

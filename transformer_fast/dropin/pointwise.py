@@ -107,7 +107,7 @@ class _Rotates(Swapped):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's own."""
         own = super().forward
-        function = getattr(own, "__func__", None)
+        function: Any = getattr(own, "__func__", None)
         if torch.is_grad_enabled() or is_watched() or not _names_rotary(function):
             return own(*args, **kwargs)
         theirs = function.__globals__[_ROTARY]

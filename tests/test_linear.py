@@ -44,15 +44,23 @@ def call(
     residual: Tensor | None = None,
 ) -> Tensor:
     """As ``transformer_fast.linear.linear``, by the kernel."""
-    weights, biases = [weight, None], [bias, None]
-    if activation in GATES:
-        half = len(weight) // 2
-        weights = [weight[:half], weight[half:]]
-        biases = [None, None] if bias is None else [bias[:half], bias[half:]]
-    stride = 0 if residual is None else residual.stride(0)
-    return cpu_linear.multiply(
-        x, len(x), x.stride(0), cpu_linear.lay_out(*weights), len(weights[0]), *biases, activation, residual, stride
-    )
+    given = {"weight": weight, "bias": bias, "activation": activation}
+    layer = cpu_linear.Layer(*laid_out(given), activation)
+    return cpu_linear.multiply(rows_of(x), layer, None if residual is None else rows_of(residual))
+
+
+def laid_out(given: dict[str, Any]) -> tuple[Tensor, int, Tensor | None, Tensor | None]:
+    """The weight laid out, its outputs, and the biases."""
+    weight, bias = given["weight"], given["bias"]
+    if given["activation"] not in GATES:
+        return cpu_linear.lay_out(weight, None), len(weight), bias, None
+    half = len(weight) // 2
+    biases = (None, None) if bias is None else (bias[:half], bias[half:])
+    return cpu_linear.lay_out(weight[:half], weight[half:]), half, *biases
+
+
+def rows_of(x: Tensor) -> cpu_linear.Rows:
+    return cpu_linear.Rows(x, len(x), x.stride(0))
 
 
 def inputs(
@@ -169,6 +177,27 @@ def test_bits_depend_on_the_row_alone(isa: str, dtype: torch.dtype) -> None:
     assert (results[0][:1] == 0).all()
     assert (results[0][17:50] == 0).all()
     assert (results[0][256:] == 0).all()
+
+
+@each_isa
+@each_type
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.sanitize
+def test_two_layers_in_one_call(isa: str, dtype: torch.dtype, activation: str) -> None:
+    """Give the bits of one after the other, whatever the number of rows and threads."""
+    for rows in (1, 33, 300, 530):
+        up, down = inputs(rows, 70, 96, dtype, activation), inputs(rows, 96, 50, dtype, None)
+        with force_isa(isa):
+            first = cpu_linear.Layer(*laid_out(up), activation)
+            second = cpu_linear.Layer(*laid_out(down), None)
+            for residual in (None, rows_of(draw(rows, 80, dtype=dtype)[:, 5:55])):
+                expected = cpu_linear.multiply(
+                    rows_of(cpu_linear.multiply(rows_of(up["x"]), first, None)), second, residual
+                )
+                for threads in (1, 2, 5):
+                    torch.set_num_threads(threads)
+                    found = cpu_linear.multiply_twice(rows_of(up["x"]), first, second, residual)
+                    assert torch.equal(found, expected)
 
 
 @each_isa

@@ -81,6 +81,23 @@ def layer_followed(layer: Any, x: Tensor, activation: str | None = None, residua
     product = packed_product(layer)
     if product is None:
         return followed(layer(x), activation, residual)
-    bias = layer.full_bias(x) if hasattr(layer, "full_bias") else layer.bias
-    out: Tensor = product(x, layer.weight, bias, activation, residual)
+    out: Tensor = product(x, layer.weight, _bias(layer, x), activation, residual)
+    return out
+
+
+def _bias(layer: Any, x: Tensor) -> Tensor | None:
+    bias: Tensor | None = layer.full_bias(x) if hasattr(layer, "full_bias") else layer.bias
+    return bias
+
+
+def layers_followed(
+    first: Any, activation: str | None, second: Any, x: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    """A linear layer, its activation and another layer, added to ``residual``; packed ones in one call."""
+    product, other = packed_product(first), packed_product(second)
+    if product is None or other is None:
+        return layer_followed(second, layer_followed(first, x, activation), residual=residual)
+    up = product.of(first.weight, _bias(first, x), activation)
+    down = other.of(second.weight, _bias(second, x), None, residual)
+    out: Tensor = product.then(x, up, other, down)
     return out

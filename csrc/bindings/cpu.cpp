@@ -83,26 +83,24 @@ tf::LinearWeight weight_of(int64_t dtype, int64_t in_features, int64_t out_featu
             tf::bindings::bytes(value_weight), out_stride,  in_stride,    tf::bindings::bytes(laid_out)};
 }
 
-// Everything but the pointers is Python's to check (transformer_fast/linear.py).
-void linear(int64_t activation, bool gated, int64_t dtype, int64_t rows, int64_t in_features, int64_t out_features,
-            Address x, int64_t x_row, Address laid_out, Address bias, Address value_bias, Address residual,
-            int64_t residual_row, Address out, int num_threads) {
-    const tf::Linear p{static_cast<tf::Linear::Activation>(activation),
-                       gated,
-                       static_cast<tf::DType>(dtype),
-                       rows,
-                       in_features,
-                       out_features,
-                       tf::bindings::bytes(x),
-                       x_row,
-                       tf::bindings::bytes(laid_out),
-                       tf::bindings::bytes(bias),
-                       tf::bindings::bytes(value_bias),
-                       tf::bindings::bytes(residual),
-                       residual_row,
-                       tf::bindings::bytes(out)};
-    py::gil_scoped_release release;
-    tf::linear(p, num_threads);
+// Everything but the pointers is Python's to check (transformer_fast/dropin/linears.py).
+tf::Linear linear_of(int64_t activation, bool gated, int64_t dtype, int64_t rows, int64_t in_features,
+                     int64_t out_features, Address x, int64_t x_row, Address laid_out, Address bias, Address value_bias,
+                     Address residual, int64_t residual_row, Address out) {
+    return {static_cast<tf::Linear::Activation>(activation),
+            gated,
+            static_cast<tf::DType>(dtype),
+            rows,
+            in_features,
+            out_features,
+            tf::bindings::bytes(x),
+            x_row,
+            tf::bindings::bytes(laid_out),
+            tf::bindings::bytes(bias),
+            tf::bindings::bytes(value_bias),
+            tf::bindings::bytes(residual),
+            residual_row,
+            tf::bindings::bytes(out)};
 }
 
 }  // namespace
@@ -140,7 +138,14 @@ PYBIND11_MODULE(_C_cpu, m) {
               py::gil_scoped_release release;
               tf::lay_out_linear(w, num_threads);
           });
-    m.def("linear", &linear);
+    py::class_<tf::Linear>(m, "Linear").def(py::init(&linear_of)).def("run", [](const tf::Linear& p, int num_threads) {
+        py::gil_scoped_release release;
+        tf::linear(p, num_threads);
+    });
+    m.def("linear_pair", [](const tf::Linear& first, const tf::Linear& second, int num_threads) {
+        py::gil_scoped_release release;
+        tf::linear_pair(first, second, num_threads);
+    });
     m.def("available_isas", &tf::available_isas, "Instruction sets this machine can run, best first.");
     m.def("current_isa", &tf::current_isa);
     m.def("force_isa", &tf::force_isa);

@@ -22,7 +22,7 @@ struct VectorBlocks {
     static constexpr int64_t kRowBlock = 64, kDepthBlock = 128;
 };
 struct TileBlocks {
-    static constexpr int64_t kRowBlock = 256, kDepthBlock = 1024;
+    static constexpr int64_t kRowBlock = 128, kDepthBlock = 1024;
 };
 
 template <DType kType>

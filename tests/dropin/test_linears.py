@@ -174,6 +174,48 @@ def test_columns_that_a_fused_optimizer_changes() -> None:
     assert judge(found, expected, x @ module.weight + module.bias).passed
 
 
+@pytest.mark.parametrize("slow", ["pair", "layers", None])
+@torch.no_grad()
+def test_two_layers_of_many_rows(product: linears.PackedProduct, monkeypatch: pytest.MonkeyPatch, slow: Any) -> None:
+    """Are one call if that is quicker; with what it cannot add, and of few rows, they are two."""
+    monkeypatch.setattr(linears, "_ROWS_OF_PAIRS", 20)
+    torch.set_num_threads(1)
+    pairs: list[int] = []
+    twice = cpu_linear.multiply_twice
+    monkeypatch.setattr(cpu_linear, "multiply_twice", lambda x, *rest: pairs.append(x.rows) or twice(x, *rest))
+    if slow is not None:  # the first answer is the pair's
+        answers = iter([slow == "layers", *[slow == "pair"] * 9])
+        monkeypatch.setattr(linears, "is_quicker_packed", lambda *_: next(answers))
+    up, down, other = layer(), nn.Linear(OUT, IN).eval(), linears.PackedProduct()
+
+    def run(x: Tensor, residual: Tensor | None) -> None:
+        first = linears.product_of(up.weight, up.bias, "gelu")
+        second = linears.product_of(down.weight, down.bias, None, residual)
+        found = product.then(x, first, other, second)
+        wide = [None if t is None else t.double() for t in (x, up.weight, up.bias, down.weight, down.bias, residual)]
+        between = linear(*wide[:3], "gelu")
+        baseline = linear(linear(x, up.weight, up.bias, "gelu"), down.weight, down.bias, None, residual)
+        verdict = judge(found, linear(between, *wide[3:5], None, wide[5]), baseline)
+        assert verdict.passed, verdict
+
+    for _ in range(2):
+        run(rows(4, 5), rows(4, 5))
+    assert pairs == ([] if slow == "pair" else [20, 20])
+    down.weight.mul_(-1.0)
+    run(rows(4, 5), None)
+    pairs.clear()
+    run(rows(19), rows(19))
+    run(rows(4, 5), rows(1, 5))  # is broadcast
+    run(rows(4, 5), rows(4, 5).double())
+    assert not pairs
+    with torch.enable_grad():
+        first, second = linears.product_of(up.weight, up.bias, "gelu"), linears.product_of(down.weight, down.bias)
+        product.then(rows(20), first, other, second).sum().backward()
+    assert up.weight.grad is not None
+    assert down.weight.grad is not None
+    assert not pairs
+
+
 @torch.no_grad()
 def test_a_gates_value_alone_is_trained(product: linears.PackedProduct) -> None:
     gate, up, x = layer().requires_grad_(False), layer(), rows(5)
@@ -432,8 +474,8 @@ def test_what_follows_a_product(product: linears.PackedProduct, dtype: torch.dty
     """The kernel does it, or PyTorch where the kernel cannot; a residual of another type or shape too."""
     module, x = layer(dtype), rows(2, 5, dtype=dtype)
     size = OUT // 2 if activation == "swiglu" else OUT
-    whole = torch.randn(2, 5, size).to(dtype)
-    residuals = (None, whole, torch.randn(5, 2, size).to(dtype).transpose(0, 1), whole[:1], whole.double())
+    whole, other = torch.randn(2, 5, size).to(dtype), torch.bfloat16 if dtype is torch.float32 else torch.float32
+    residuals = (None, whole, torch.randn(5, 2, size).to(dtype).transpose(0, 1), whole[:1], whole.to(other))
     for residual in residuals:
         found = product(x, module.weight, module.bias, activation, residual)
         baseline = linear(x, module.weight, module.bias, activation, residual)

@@ -411,9 +411,9 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     """What follows each packed product; every product is packed."""
     calls: list[str | None] = []
 
-    def multiply(*args: Any) -> Tensor:
-        calls.append(args[7])
-        return MULTIPLY(*args)
+    def multiply(x: Any, layer: Any, residual: Any) -> Tensor:
+        calls.append(layer.activation)
+        return MULTIPLY(x, layer, residual)
 
     monkeypatch.setattr(cpu_linear, "multiply", multiply)
     monkeypatch.setattr(linears, "is_quicker_packed", lambda *_: True)

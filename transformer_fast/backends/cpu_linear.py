@@ -5,6 +5,8 @@ Arguments are checked by ``dropin/linears.py``: tensors of one type of ``TYPES``
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -44,16 +46,51 @@ def lay_out(weight: Tensor, value_weight: Tensor | None) -> Tensor:
     return laid_out
 
 
-def multiply(
-    x: Tensor, rows: int, stride: int, laid_out: Tensor, out_features: int, bias: Tensor | None,
-    value_bias: Tensor | None, activation: str | None, residual: Tensor | None, residual_stride: int,
-) -> Tensor:  # fmt: skip
-    """``activation(x W^T + bias) + residual``; of x and the residual, rows are dense and a stride apart."""
-    out = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device="cpu")
-    number, gated = ACTIVATIONS[activation]
-    _C_cpu.linear(
-        number, gated, DTYPES[x.dtype], rows, x.shape[-1], out_features, x.data_ptr(), stride, laid_out.data_ptr(),
-        0 if bias is None else bias.data_ptr(), 0 if value_bias is None else value_bias.data_ptr(),
-        0 if residual is None else residual.data_ptr(), residual_stride, out.data_ptr(), torch.get_num_threads(),
+class Rows(NamedTuple):
+    """A tensor (..., columns) as ``rows`` rows of dense columns, ``stride`` elements apart."""
+
+    tensor: Tensor
+    rows: int
+    stride: int
+
+
+class Layer(NamedTuple):
+    """A weight that is laid out, and what follows the product."""
+
+    laid_out: Tensor
+    out_features: int
+    bias: Tensor | None
+    value_bias: Tensor | None
+    activation: str | None
+
+
+def _linear(x: Rows, in_features: int, layer: Layer, residual: Rows | None, out: int) -> Any:
+    number, gated = ACTIVATIONS[layer.activation]
+    return _C_cpu.Linear(
+        number, gated, DTYPES[x.tensor.dtype], x.rows, in_features, layer.out_features, x.tensor.data_ptr(), x.stride,
+        layer.laid_out.data_ptr(), 0 if layer.bias is None else layer.bias.data_ptr(),
+        0 if layer.value_bias is None else layer.value_bias.data_ptr(),
+        0 if residual is None else residual.tensor.data_ptr(), 0 if residual is None else residual.stride, out,
     )  # fmt: skip
+
+
+def _out(x: Rows, out_features: int) -> Tensor:
+    return torch.empty((*x.tensor.shape[:-1], out_features), dtype=x.tensor.dtype, device="cpu")
+
+
+def multiply(x: Rows, layer: Layer, residual: Rows | None) -> Tensor:
+    """``activation(x W^T + bias) + residual``."""
+    out = _out(x, layer.out_features)
+    _linear(x, x.tensor.shape[-1], layer, residual, out.data_ptr()).run(torch.get_num_threads())
+    return out
+
+
+def multiply_twice(x: Rows, first: Layer, second: Layer, residual: Rows | None) -> Tensor:
+    """``multiply`` by one layer and what it gives by another; for many rows, of which a thread has a part."""
+    out = _out(x, second.out_features)
+    _C_cpu.linear_pair(
+        _linear(x, x.tensor.shape[-1], first, None, 0),
+        _linear(x, first.out_features, second, residual, out.data_ptr()),
+        torch.get_num_threads(),
+    )
     return out

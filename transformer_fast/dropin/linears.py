@@ -59,21 +59,25 @@ class Product(NamedTuple):
 
     def packed(self, x: Tensor, found: _LaidOut) -> Tensor:
         """By the kernel."""
-        residual, fused, fused_stride = self.residual, None, 0
-        stride = row_stride(x)
-        if stride is None:
-            x = x.contiguous()
-            stride = x.shape[-1]
-        if residual is not None:
-            takes = residual.dtype is x.dtype and residual.shape == (*x.shape[:-1], found.out_features)
-            found_stride = row_stride(residual) if takes and is_plain_inference(residual) else None
-            if found_stride is not None:
-                fused, fused_stride = residual, found_stride
-        out = cpu_linear.multiply(
-            x, x.numel() // x.shape[-1], stride, found.packed, found.out_features,
-            *_halves(self.biases, found.is_gated), self.activation, fused, fused_stride,
-        )  # fmt: skip
-        return out if residual is None or fused is residual else residual + out
+        residual = _residual(self.residual, x, found)
+        out = cpu_linear.multiply(_rows(x), found.layer(self), residual)
+        return out if residual is not None or self.residual is None else self.residual + out
+
+
+def _rows(x: Tensor) -> cpu_linear.Rows:
+    stride = row_stride(x)
+    if stride is None:
+        x = x.contiguous()
+        stride = x.shape[-1]
+    return cpu_linear.Rows(x, x.numel() // x.shape[-1], stride)
+
+
+def _residual(residual: Tensor | None, x: Tensor, found: _LaidOut) -> cpu_linear.Rows | None:
+    """The residual as the kernel adds it to a product with ``x``, None where it cannot."""
+    if residual is None or residual.dtype is not x.dtype or residual.shape != (*x.shape[:-1], found.out_features):
+        return None
+    stride = row_stride(residual) if is_plain_inference(residual) else None
+    return None if stride is None else cpu_linear.Rows(residual, x.numel() // x.shape[-1], stride)
 
 
 class _LaidOut:
@@ -89,6 +93,11 @@ class _LaidOut:
         self.aliases = [w.detach() for w in product.weights]
         self.out_features = len(rows[0]) // (2 if self.is_gated and len(rows) == 1 else 1)
         self.packed = cpu_linear.lay_out(*_halves(tuple(rows), self.is_gated))
+
+    def layer(self, product: Product) -> cpu_linear.Layer:
+        """With what follows."""
+        biases = _halves(product.biases, self.is_gated)
+        return cpu_linear.Layer(self.packed, self.out_features, *biases, product.activation)
 
     def is_of(self, product: Product) -> bool:
         """Are these its weights, unchanged, and not about to be changed?"""
@@ -163,9 +172,9 @@ def _halves(parts: tuple[Any, ...], is_gated: bool) -> tuple[Any, Any]:
 #: rows, and what multiplies.
 _quicker: dict[Any, bool] = {}
 #: A laid-out weight is used where it takes less than so much of the other's time: it also takes memory.
-_WORTH_IT = 0.95
+_WORTH_IT = 0.9
 #: Pairs of products that are timed, and the seconds after which no other pair is begun.
-_PAIRS, _PATIENCE = 5, 0.05
+_PAIRS, _PATIENCE = 5, 0.1
 #: Up to so many rows the weight's way from memory is what takes the time, and a weight met again would be in a cache:
 #: as many bytes are written in between as push it out.
 _FEW_ROWS, _CACHE = 32, 2**24
@@ -193,6 +202,32 @@ def is_quicker_packed(plain: Callable[[], Tensor], packed: Callable[[], Tensor],
     return statistics.median(times) < _WORTH_IT
 
 
+#: Rows of a thread from which two layers are done as one call: fewer are not worth a weight's way for each block.
+_ROWS_OF_PAIRS = 256
+
+
+def product_of(
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    *,
+    by_columns: bool = False,
+    value: tuple[Tensor, Tensor | None] | None = None,
+) -> Product:
+    """As :class:`PackedProduct` is given it."""
+    weights, biases = ((weight,), (bias,)) if value is None else ((weight, value[0]), (bias, value[1]))
+    return Product(weights, biases, activation, residual, by_columns)
+
+
+def _kind(x: Tensor, product: Product) -> tuple[Any, ...]:
+    """What the choice depends on; see ``_quicker``."""
+    weight, rows = product.weights[0], x.numel() // x.shape[-1]
+    follows = product.activation, product.residual is not None
+    how = torch.get_num_threads(), cpu_linear.instruction_set()
+    return (weight.shape, product.by_columns, len(product.weights), x.dtype, rows.bit_length(), *follows, *how)
+
+
 class PackedProduct:
     """:func:`transformer_fast.linear.linear` for one layer, with the weight laid out where that is quicker.
 
@@ -206,6 +241,7 @@ class PackedProduct:
     """
 
     takes_what_follows = True  # the activation and the residual, see transformer_fast/linear.py
+    of = staticmethod(product_of)
 
     def __init__(self) -> None:
         self.found: _LaidOut | None = None
@@ -233,33 +269,70 @@ class PackedProduct:
         Returns:
             (..., out_features), equal to the function's up to rounding.
         """
-        weights, biases = ((weight,), (bias,)) if value is None else ((weight, value[0]), (bias, value[1]))
-        product = Product(weights, biases, activation, residual, by_columns)
-        found = self.found  # one look: another thread may drop it
-        if activation not in cpu_linear.ACTIVATIONS or not is_plain_inference(x, *weights, *biases):
-            self.found = None
+        return self.run(x, product_of(weight, bias, activation, residual, by_columns=by_columns, value=value))
+
+    def run(self, x: Tensor, product: Product) -> Tensor:
+        """The same, of a product."""
+        if not self._may(x, product):
             return product.plain(x)
-        if found is None or not found.is_of(product):
-            self.found = found = None
-            if not _may_lay_out(product):
-                return product.plain(x)
-        if not _takes(x, product) or torch.are_deterministic_algorithms_enabled():
-            return product.plain(x)  # what is quicker may be another one tomorrow
-        rows = x.numel() // x.shape[-1]
-        how = torch.get_num_threads(), cpu_linear.instruction_set()
-        kind = (weight.shape, by_columns, len(weights), x.dtype, activation, residual is None, rows.bit_length(), how)
+        kind = _kind(x, product)
         quicker = _quicker.get(kind)
-        if quicker is None or (quicker and found is None):
-            found = _LaidOut(product) if found is None else found
-            if quicker is None:
-                tried = found
-                quicker = is_quicker_packed(lambda: product.plain(x), lambda: product.packed(x, tried), rows)
-                _quicker[kind] = quicker
-            if quicker:
-                self.found = found
-        if not quicker or found is None:
+        if quicker is False:
             return product.plain(x)
+        found = self._laid_out(product)
+        if quicker is None:
+            rows = x.numel() // x.shape[-1]
+            quicker = is_quicker_packed(lambda: product.plain(x), lambda: product.packed(x, found), rows)
+            _quicker[kind] = quicker
+            if not quicker:
+                return product.plain(x)
+        self.found = found
         return product.packed(x, found)
+
+    def then(self, x: Tensor, product: Product, other: PackedProduct, second: Product) -> Tensor:
+        """``other.run(self.run(x, product), second)``; many rows block by block: what is between stays in a cache."""
+        rows = x.numel() // max(x.shape[-1], 1)
+        if rows < _ROWS_OF_PAIRS * torch.get_num_threads() or not self._may(x, product):
+            return other.run(self.run(x, product), second)
+        found = self._laid_out(product)
+        between = torch.empty((*x.shape[:-1], found.out_features), dtype=x.dtype, device="cpu")  # never written
+        kind = (*_kind(x, product), *_kind(between, second))
+        quicker = _quicker.get(kind)
+        if quicker is False or not other._may(between, second):
+            return other.run(self.run(x, product), second)
+        after = other._laid_out(second)
+        residual = _residual(second.residual, between, after)
+        if residual is None and second.residual is not None:
+            return other.run(self.run(x, product), second)
+
+        def packed() -> Tensor:
+            return cpu_linear.multiply_twice(_rows(x), found.layer(product), after.layer(second), residual)
+
+        if quicker is None:
+            quicker = is_quicker_packed(lambda: second.plain(product.plain(x)), packed, rows)
+            _quicker[kind] = quicker
+            if not quicker:
+                return other.run(self.run(x, product), second)
+        self.found, other.found = found, after
+        return packed()
+
+    def _may(self, x: Tensor, product: Product) -> bool:
+        """Is this inference that the kernel takes? A weight that may change unseen is dropped."""
+        found = self.found  # one look: another thread may drop it
+        named = product.activation in cpu_linear.ACTIVATIONS
+        if not named or not is_plain_inference(x, *product.weights, *product.biases):
+            self.found = None
+            return False
+        if found is None or not found.is_of(product):
+            self.found = None
+            if not _may_lay_out(product):
+                return False
+        # Without them what is quicker may be another one tomorrow.
+        return _takes(x, product) and not torch.are_deterministic_algorithms_enabled()
+
+    def _laid_out(self, product: Product) -> _LaidOut:
+        found = self.found
+        return _LaidOut(product) if found is None or not found.is_of(product) else found
 
     def __reduce__(self) -> Any:  # a copy lays out its own
         return PackedProduct, ()

@@ -65,7 +65,12 @@ class _Gated(Swapped):
         product = packed_product(gate)
         if product is None or packed_product(up) is None:
             return own.down_proj(self._gated(gate(x), up(x)))
-        return own.down_proj(product(x, gate.weight, gate.bias, self._activation, value=(up.weight, up.bias)))
+        gated = product.of(gate.weight, gate.bias, self._activation, value=(up.weight, up.bias))
+        down = own.down_proj
+        other = packed_product(down)
+        if other is None:
+            return down(product.run(x, gated))
+        return product.then(x, gated, other, other.of(down.weight, down.bias))
 
 
 class _GatedGelu(_Gated):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transformer_fast import attention, attention_varlen
-from transformer_fast.linear import GATES, layer_followed
+from transformer_fast.linear import GATES, layer_followed, layers_followed
 from transformer_fast.pointwise import rms_norm, rotate
 
 if TYPE_CHECKING:
@@ -91,9 +91,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``(tokens, d)`` to ``(tokens, d)``, added to ``residual``."""
-        x = layer_followed(self.up, x, self.activation)
-        if self.training and self.dropout_p:
-            x = F.dropout(x, self.dropout_p)
+        if not (self.training and self.dropout_p):
+            return layers_followed(self.up, self.activation, self.down, x, residual)
+        x = F.dropout(layer_followed(self.up, x, self.activation), self.dropout_p)
         return layer_followed(self.down, x, residual=residual)
 
 

@@ -17,5 +17,8 @@ void pointwise(const Pointwise&, int num_threads);
 int64_t linear_bytes(const LinearWeight&);  // of the laid-out weight
 void lay_out_linear(const LinearWeight&, int num_threads);
 void linear(const Linear&, int num_threads);
+// `second` of what `first` gives, block by block of rows, so that what is between stays in the cache: first.out and
+// second.x are not read.
+void linear_pair(const Linear& first, const Linear& second, int num_threads);
 
 }  // namespace tf

@@ -37,4 +37,26 @@ void linear(const Linear& p, int num_threads) {
     });
 }
 
+void linear_pair(const Linear& first, const Linear& second, int num_threads) {
+    const Kernels& kernels = current_kernels();
+    const LinearLayout layout = kernels.linear_layout(first.dtype, first.in_features);
+    const int64_t rows = first.rows, size = size_of(first.dtype);
+    // As many blocks for each thread, of at least 32 rows.
+    const int64_t blocks = std::min(round_up(ceil_div(rows, layout.row_block), num_threads), ceil_div(rows, 32));
+    const int64_t hidden = round_up(ceil_div(rows, blocks) * first.out_features * size, 64);
+    const int64_t workspace = std::max(kernels.linear_workspace(first), kernels.linear_workspace(second));
+    run_tasks(blocks, num_threads, hidden + workspace, [&](int64_t block, char* memory) {
+        const int64_t begin = rows * block / blocks, count = rows * (block + 1) / blocks - begin;
+        Linear a = first, b = second;
+        a.rows = b.rows = count;
+        a.x += begin * a.x_row * size;
+        a.out = memory;
+        b.x = memory, b.x_row = first.out_features;
+        if (b.residual) b.residual += begin * b.residual_row * size;
+        b.out += begin * b.out_features * size;
+        kernels.linear(a, 0, count, 0, ceil_div(a.out_features, layout.panel), memory + hidden);
+        kernels.linear(b, 0, count, 0, ceil_div(b.out_features, layout.panel), memory + hidden);
+    });
+}
+
 }  // namespace tf

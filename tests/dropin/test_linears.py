@@ -201,6 +201,10 @@ def test_two_layers_of_many_rows(product: linears.PackedProduct, monkeypatch: py
     for _ in range(2):
         run(rows(4, 5), rows(4, 5))
     assert pairs == ([] if slow == "pair" else [20, 20])
+    with monkeypatch.context() as once:  # whatever was found, no weight is laid out a second time
+        once.setattr(cpu_linear, "lay_out", lambda *_: pytest.fail("laid out again"))
+        run(rows(4, 5), rows(4, 5))
+    pairs.clear()
     down.weight.mul_(-1.0)
     run(rows(4, 5), None)
     pairs.clear()

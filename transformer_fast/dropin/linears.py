@@ -49,6 +49,16 @@ class Product(NamedTuple):
         """The weights (out_features, in_features)."""
         return [w.t() for w in self.weights] if self.by_columns else list(self.weights)
 
+    @property
+    def is_gated(self) -> bool:
+        return self.activation in GATES
+
+    @property
+    def out_features(self) -> int:
+        """Of the result: half a weight's where one holds both parts of a gate."""
+        size = self.weights[0].shape[1 if self.by_columns else 0]
+        return size // 2 if self.is_gated and len(self.weights) == 1 else size
+
     def plain(self, x: Tensor) -> Tensor:
         """By PyTorch's operators."""
         if len(self.weights) == 1:
@@ -59,7 +69,7 @@ class Product(NamedTuple):
 
     def packed(self, x: Tensor, found: _LaidOut) -> Tensor:
         """By the kernel."""
-        residual = _residual(self.residual, x, found)
+        residual = _residual(x, self)
         out = cpu_linear.multiply(_rows(x), found.layer(self), residual)
         return out if residual is not None or self.residual is None else self.residual + out
 
@@ -72,9 +82,10 @@ def _rows(x: Tensor) -> cpu_linear.Rows:
     return cpu_linear.Rows(x, x.numel() // x.shape[-1], stride)
 
 
-def _residual(residual: Tensor | None, x: Tensor, found: _LaidOut) -> cpu_linear.Rows | None:
+def _residual(x: Tensor, product: Product) -> cpu_linear.Rows | None:
     """The residual as the kernel adds it to a product with ``x``, None where it cannot."""
-    if residual is None or residual.dtype is not x.dtype or residual.shape != (*x.shape[:-1], found.out_features):
+    residual = product.residual
+    if residual is None or residual.dtype is not x.dtype or residual.shape != (*x.shape[:-1], product.out_features):
         return None
     stride = row_stride(residual) if is_plain_inference(residual) else None
     return None if stride is None else cpu_linear.Rows(residual, x.numel() // x.shape[-1], stride)
@@ -85,25 +96,24 @@ class _LaidOut:
 
     def __init__(self, product: Product) -> None:
         rows = [w.detach() for w in product.rows]
-        self.is_gated = product.activation in GATES
+        self.is_gated = product.is_gated
         self.isa = cpu_linear.instruction_set()
         self.sources = product.weights
         self.versions = [w._version for w in product.weights]
         #: They keep the memory, so that no other weight can come to lie at their addresses.
         self.aliases = [w.detach() for w in product.weights]
-        self.out_features = len(rows[0]) // (2 if self.is_gated and len(rows) == 1 else 1)
         self.packed = cpu_linear.lay_out(*_halves(tuple(rows), self.is_gated))
 
     def layer(self, product: Product) -> cpu_linear.Layer:
         """With what follows."""
         biases = _halves(product.biases, self.is_gated)
-        return cpu_linear.Layer(self.packed, self.out_features, *biases, product.activation)
+        return cpu_linear.Layer(self.packed, product.out_features, *biases, product.activation)
 
     def is_of(self, product: Product) -> bool:
         """Are these its weights, unchanged, and not about to be changed?"""
         if (
             len(product.weights) != len(self.sources)
-            or (product.activation in GATES) != self.is_gated
+            or product.is_gated != self.is_gated
             or cpu_linear.instruction_set() != self.isa
         ):
             return False
@@ -294,16 +304,12 @@ class PackedProduct:
         rows = x.numel() // max(x.shape[-1], 1)
         if rows < _ROWS_OF_PAIRS * torch.get_num_threads() or not self._may(x, product):
             return other.run(self.run(x, product), second)
-        found = self._laid_out(product)
-        between = torch.empty((*x.shape[:-1], found.out_features), dtype=x.dtype, device="cpu")  # never written
-        kind = (*_kind(x, product), *_kind(between, second))
-        quicker = _quicker.get(kind)
-        if quicker is False or not other._may(between, second):
+        between = torch.empty((*x.shape[:-1], product.out_features), dtype=x.dtype, device="cpu")  # never written
+        kind, residual = (*_kind(x, product), *_kind(between, second)), _residual(between, second)
+        quicker, adds = _quicker.get(kind), residual is not None or second.residual is None
+        if quicker is False or not adds or not other._may(between, second):
             return other.run(self.run(x, product), second)
-        after = other._laid_out(second)
-        residual = _residual(second.residual, between, after)
-        if residual is None and second.residual is not None:
-            return other.run(self.run(x, product), second)
+        found, after = self._laid_out(product), other._laid_out(second)
 
         def packed() -> Tensor:
             return cpu_linear.multiply_twice(_rows(x), found.layer(product), after.layer(second), residual)

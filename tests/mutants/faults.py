@@ -200,7 +200,7 @@ LINEAR = [
     Fault("cache: the slot of a padded sequence's next token by its grid", _PACKAGE + "generation/cache.py",
           " and layout.key_padding_mask is None\n        slot", "\n        slot", _CACHE),
     Fault("cache: the slot of a sequence chosen from others by the longest", _PACKAGE + "generation/cache.py",
-          "        self._is_exact = False\n", "", _CACHE),
+          "self._is_exact and layout.batch == 1 and", "self._is_exact and", _CACHE),
     Fault("gates: a hook on a packed layer is not heard", _PACKAGE + "linear.py",
           " and not is_heard(layer) else None", " else None", _ROTARY),
 ]  # fmt: skip

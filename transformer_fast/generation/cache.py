@@ -136,7 +136,8 @@ class KVCache:
         #: by each sequence's tokens; a model's ``forward`` goes by columns.
         self.columns, self.by_token = 0, False
         self.padding: Tensor | None = None
-        self._is_exact = True  # is max_seqlen the length of the only sequence, or an upper bound?
+        #: Is max_seqlen the length of the only sequence there ever was, or an upper bound?
+        self._is_exact = True
         self._highest: Tensor | None = None  # lengths before tokens were taken back, where some were
         self._step: _Step | None = None
 
@@ -268,7 +269,6 @@ class KVCache:
                 new[:, :, :, :filled] = old[:, :, :, :filled].index_select(1, index)
                 self.buffers[layer] = new
         self.batch, self.seqlens, self._step = len(index), self.seqlens[index], None
-        self._is_exact = False
         self._highest = None if self._highest is None else self._highest[index]
         self.padding = None if self.padding is None else self.padding[index]
 

@@ -138,3 +138,17 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uninitialised tensors are full of NaN in every test."""
     for owner, name in ALLOCATORS:
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def every_product_is_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its weight laid out, whatever this machine would find."""
+    linears = importlib.import_module("transformer_fast.dropin.linears")
+    monkeypatch.setattr(linears, "is_quicker_packed", lambda *_: True)
+    monkeypatch.setattr(linears, "_quicker", {})
+
+
+@pytest.fixture
+def every_product_is_packed(every_product_is_quicker: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of the small weights that tests have."""
+    monkeypatch.setattr("transformer_fast.dropin.linears._LEAST", 0)

@@ -11,13 +11,11 @@ from cpu_targets import each_isa
 from torch import Tensor
 
 from transformer_fast.backends import cpu_linear
-from transformer_fast.backends.cpu import force_isa
+from transformer_fast.backends.cpu import TYPES, force_isa
 from transformer_fast.linear import ACTIVATIONS, GATES, linear
 from transformer_fast.testing import judge
 
-each_type = pytest.mark.parametrize(
-    "dtype", sorted(cpu_linear.TYPES, key=str), ids=lambda d: str(d).removeprefix("torch.")
-)
+each_type = pytest.mark.parametrize("dtype", sorted(TYPES, key=str), ids=lambda d: str(d).removeprefix("torch."))
 NAMES = [name for name in cpu_linear.ACTIVATIONS if name is not None]
 #: Rows, inputs and outputs: one of each, ends of vectors, of panels, of tiles and of blocks of rows and of depth.
 SHAPES = [

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import cpu_pointwise
+from .backends.cpu import TYPES
 from .ops import is_plain_inference
 
 
@@ -18,7 +19,7 @@ def is_native(*tensors: Tensor) -> bool:
     """Do the kernels take them: of one type, on the CPU, not empty, and nobody differentiates or watches?"""
     dtype = tensors[0].dtype
     return (
-        dtype in cpu_pointwise.TYPES
+        dtype in TYPES
         and tensors[0].numel() > 0
         and all(t.dtype is dtype for t in tensors)
         and is_plain_inference(*tensors)

@@ -222,14 +222,6 @@ void linear_of(const Linear& p, int64_t first_row, int64_t last_row, int64_t fir
     }
 }
 
-// Calls fn with the type as a constant; linear layers have no booleans.
-template <class Fn>
-TF_INLINE void with_number_type(DType dtype, Fn&& fn) {
-    with_dtype(dtype, [&](auto type) {
-        if constexpr (type() != DType::boolean) fn(type);
-    });
-}
-
 }  // namespace
 
 LinearLayout linear_layout(DType dtype, int64_t in_features) {

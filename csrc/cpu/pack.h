@@ -22,6 +22,14 @@ TF_INLINE void with_dtype(DType dtype, Fn&& fn) {
     }
 }
 
+// The same of types that numbers have: booleans are left out.
+template <class Fn>
+TF_INLINE void with_number_type(DType dtype, Fn&& fn) {
+    with_dtype(dtype, [&](auto type) {
+        if constexpr (type() != DType::boolean) fn(type);
+    });
+}
+
 // `count` elements as floats, then zeros up to `padded`. Booleans become 0 (True) and -inf (False).
 template <DType kType>
 TF_INLINE void load_row(const char* source, int64_t count, float* target, int64_t padded) {
@@ -53,9 +61,7 @@ TF_INLINE void store_row(const float* source, int64_t count, float scale, char* 
 }
 
 inline void store_row(DType dtype, const float* source, int64_t count, float scale, char* target) {
-    with_dtype(dtype, [&](auto type) {
-        if constexpr (type() != DType::boolean) store_row<type()>(source, count, scale, target);
-    });
+    with_number_type(dtype, [&](auto type) { store_row<type()>(source, count, scale, target); });
 }
 
 // Two rows of bf16 as pairs: 32-bit element i holds (first[i], second[i]). A missing row counts as zeros.

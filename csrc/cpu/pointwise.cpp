@@ -71,10 +71,8 @@ void row(const Pointwise& p, int64_t r) {
 }  // namespace
 
 void pointwise(const Pointwise& p, int64_t first, int64_t last) {
-    with_dtype(p.dtype, [&](auto type) {
-        if constexpr (type() != DType::boolean) {
-            for (int64_t r = first; r < last; ++r) row<type()>(p, r);
-        }
+    with_number_type(p.dtype, [&](auto type) {
+        for (int64_t r = first; r < last; ++r) row<type()>(p, r);
     });
 }
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from transformer_fast import models
 from transformer_fast.backends import cpu_linear
-from transformer_fast.backends.cpu import force_isa
+from transformer_fast.backends.cpu import TYPES, force_isa
 from transformer_fast.dropin import linears, pack_linears, unpack_linears
 from transformer_fast.linear import linear
 from transformer_fast.testing import judge
@@ -26,11 +26,8 @@ from transformer_fast.testing import judge
 IN, OUT = 384, 352  # as many elements as are worth it, neither a power of two
 
 
-@pytest.fixture(autouse=True)
-def every_product_is_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever this machine would find: these are tests of results. The finding is tested by itself below."""
-    monkeypatch.setattr(linears, "is_quicker_packed", lambda *_: True)
-    monkeypatch.setattr(linears, "_quicker", {})
+#: These are tests of results, whatever this machine would find. The finding is tested by itself below.
+pytestmark = pytest.mark.usefixtures("every_product_is_quicker")
 
 
 def packed_weight(module: nn.Module) -> Tensor | None:
@@ -61,7 +58,7 @@ def assert_right(module: nn.Linear, x: Tensor) -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1,), (7,), (600,), (2, 5), (1, 1, 3)])
-@pytest.mark.parametrize("dtype", sorted(cpu_linear.TYPES, key=str))
+@pytest.mark.parametrize("dtype", sorted(TYPES, key=str))
 @torch.no_grad()
 def test_products(dtype: torch.dtype, shape: tuple[int, ...], bias: bool) -> None:
     module = pack_linears(layer(dtype, bias))
@@ -471,7 +468,7 @@ def exact(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
     return linear(*wide[:3], activation, wide[3])
 
 
-@pytest.mark.parametrize("dtype", sorted(cpu_linear.TYPES, key=str))
+@pytest.mark.parametrize("dtype", sorted(TYPES, key=str))
 @pytest.mark.parametrize("activation", [None, "gelu", "swiglu", "tanh"])
 @torch.no_grad()
 def test_what_follows_a_product(product: linears.PackedProduct, dtype: torch.dtype, activation: str | None) -> None:

@@ -19,7 +19,6 @@ from transformer_fast.backends import cpu_linear
 from transformer_fast.dropin import (
     causal_lm_loss,
     fuse_pointwise,
-    linears,
     pack_linears,
     skip_padding,
     unfuse_pointwise,
@@ -407,7 +406,7 @@ def test_compiled_rotation() -> None:
 
 
 @pytest.fixture
-def products(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+def products(every_product_is_packed: None, monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     """What follows each packed product; every product is packed."""
     calls: list[str | None] = []
 
@@ -416,9 +415,6 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
         return MULTIPLY(x, layer, residual)
 
     monkeypatch.setattr(cpu_linear, "multiply", multiply)
-    monkeypatch.setattr(linears, "is_quicker_packed", lambda *_: True)
-    monkeypatch.setattr(linears, "_quicker", {})
-    monkeypatch.setattr(linears, "_LEAST", 0)
     return calls
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformer_fast import attention
 from transformer_fast.generation.cache import CacheShape, CrossCache, KVCache
 from transformer_fast.generation.paged import OutOfPages, PagedBatch, PagedCache, PagedSequence
-from transformer_fast.models import CausalLM, ModelConfig
 from transformer_fast.models.layers import AttentionOptions
 from transformer_fast.models.layout import TokenLayout
 from transformer_fast.testing import judge
@@ -573,36 +572,6 @@ def test_paged_complaints():
         other.extend(layout)
     with pytest.raises(ValueError, match="bias"):
         bound.attend(0, *heads_of(draw(5)), layout, options_of(None), bias=torch.zeros(1, 1, 5, 5))
-
-
-@pytest.mark.parametrize("mask", [[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 0, 1, 1, 0, 1]])
-@pytest.mark.parametrize("packed", [False, True])
-@torch.no_grad()
-def test_one_sequence_whose_prompt_is_padded(packed, mask):
-    """Its next token follows its last one, also where the padding was computed: the grid is the longer one."""
-    torch.manual_seed(0)
-    model = CausalLM(
-        ModelConfig(
-            vocab_size=50,
-            hidden_size=32,
-            num_layers=2,
-            num_heads=4,
-            intermediate_size=48,
-            max_positions=20,
-            causal=True,
-        )
-    ).eval()
-    model.initialize()
-    ids, mask = torch.randint(50, (1, 7)), torch.tensor([mask])
-    keep = torch.cat((mask[0].bool(), torch.ones(1, dtype=torch.bool)))
-    positions = torch.arange(7)[None]
-    expected = model(ids[:, keep], position_ids=positions[:, keep]).logits[:, -1]
-    past = model(ids[:, :6], attention_mask=mask, use_cache=True, packed=packed).past_key_values
-    for buffer in past.buffers:
-        for sequence in buffer.unbind(1):
-            sequence[:, :, int(past.seqlens[0]) :] = float("nan")  # slots that hold nothing
-    found = model(ids[:, 6:], past_key_values=past).logits[:, -1]
-    assert judge(found, expected.double(), expected).passed
 
 
 @torch.no_grad()

@@ -248,12 +248,10 @@ class Wrapped(torch.nn.Module):
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.usefixtures("every_product_is_packed")
 @torch.no_grad()
-def test_parts_may_be_replaced_and_wrapped(activation, packs, monkeypatch):
+def test_parts_may_be_replaced_and_wrapped(activation, packs):
     """An adapter around a layer stands before the activation and the residual, with packed layers too."""
-    monkeypatch.setattr(linears, "_LEAST", 0)
-    monkeypatch.setattr(linears, "is_quicker_packed", lambda *_: True)
-    monkeypatch.setattr(linears, "_quicker", {})
     model, ids = small_decoder(activation=activation), torch.randint(50, (2, 7))
     biased = small_decoder(activation=activation, biases=frozenset({"mlp", "out"}))
     biased.load_state_dict(model.state_dict(), strict=False)
@@ -268,18 +266,17 @@ def test_parts_may_be_replaced_and_wrapped(activation, packs, monkeypatch):
         for owner, name in ((block.mlp, "up"), (block.mlp, "down"), (block.attention, "out")):
             setattr(owner, name, Wrapped(getattr(owner, name)))
     assert (model(ids).logits - expected).abs().max() <= PROMISED * expected.abs().max()
-    plain = torch.nn.Linear(48, 32)
-    model.decoder.blocks[0].mlp.down = plain
-    assert torch.isfinite(model(ids).logits).all()
+    other = torch.nn.Linear(48, 32)  # of no kind that is known here
+    other.weight, other.bias = biased.decoder.blocks[0].mlp.down.weight, biased.decoder.blocks[0].mlp.down.bias
+    model.decoder.blocks[0].mlp.down = other
+    assert (model(ids).logits - expected).abs().max() <= PROMISED * expected.abs().max()
 
 
 @pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.usefixtures("every_product_is_packed")
 @torch.no_grad()
-def test_hooks_hear_what_a_layer_gives(packs, monkeypatch):
+def test_hooks_hear_what_a_layer_gives(packs):
     """Without the residual: whoever sets a layer's result to 0 takes out that layer, and no more."""
-    monkeypatch.setattr(linears, "_LEAST", 0)
-    monkeypatch.setattr(linears, "is_quicker_packed", lambda *_: True)
-    monkeypatch.setattr(linears, "_quicker", {})
     for place in ("attention", "attention.out", "mlp", "mlp.down"):
         model, without = small_decoder(), small_decoder()
         ids = torch.randint(50, (2, 7))
@@ -315,3 +312,21 @@ def test_dropout_by_its_own_switch():
     hidden = model.decoder.final_norm(model.decoder.embeddings(ids.flatten(), torch.arange(7).repeat(2), None))
     found, expected = model(ids).logits, model.head.logits(hidden).view(2, 7, -1)
     assert (found - expected).abs().max() <= PROMISED * expected.abs().max()
+
+
+@pytest.mark.parametrize("mask", [[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 0, 1, 1, 0, 1]])
+@pytest.mark.parametrize("packed", [False, True])
+@torch.no_grad()
+def test_one_sequence_whose_prompt_is_padded(packed, mask):
+    """Its next token follows its last one, also where the padding was computed: the grid is the longer one."""
+    model = small_decoder()
+    ids, mask = torch.randint(50, (1, 7)), torch.tensor([mask])
+    keep = torch.cat((mask[0].bool(), torch.ones(1, dtype=torch.bool)))
+    positions = torch.arange(7)[None]
+    expected = model(ids[:, keep], position_ids=positions[:, keep]).logits[:, -1]
+    past = model(ids[:, :6], attention_mask=mask, use_cache=True, packed=packed).past_key_values
+    for buffer in past.buffers:
+        for sequence in buffer.unbind(1):
+            sequence[:, :, int(past.seqlens[0]) :] = float("nan")  # slots that hold nothing
+    found = model(ids[:, 6:], past_key_values=past).logits[:, -1]
+    assert judge(found, expected.double(), expected).passed

@@ -24,6 +24,9 @@ try:
 except ImportError as error:  # built without a C++ compiler, or for another Python
     _WHY_NOT = f"the native module transformer_fast._C_cpu does not import: {error}"
 
+#: Of numbers that the kernels beside attention take; none without the native module.
+TYPES = frozenset(() if _C_cpu is None else (torch.float32, torch.bfloat16, torch.float16))
+
 _CPU = torch.device("cpu")
 _SEED = Operands._fields.index("rng_seed")
 

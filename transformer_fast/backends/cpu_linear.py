@@ -1,6 +1,6 @@
 """The native linear layers: tensors into pointers, strides and sizes.
 
-Arguments are checked by ``dropin/linears.py``: tensors of one type of ``TYPES`` on the CPU.
+Arguments are checked by ``dropin/linears.py``: tensors of one type of ``cpu.TYPES``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from torch import Tensor
 from .cpu import _C_cpu
 from .fields import DTYPES
 
-TYPES = frozenset(() if _C_cpu is None else (torch.float32, torch.bfloat16, torch.float16))
 #: The numbers of tf::Linear::Activation, and whether it is gated.
 ACTIVATIONS: dict[str | None, tuple[int, bool]] = {
     None: (0, False),

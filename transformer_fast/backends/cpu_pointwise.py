@@ -1,6 +1,6 @@
 """The native kernels of what stands around a model's products: tensors into pointers, strides and sizes.
 
-Arguments are checked by ``transformer_fast/pointwise.py``: tensors of one type of ``TYPES`` on the CPU, whose rows are
+Arguments are checked by ``transformer_fast/pointwise.py``: tensors of one type of ``cpu.TYPES``, whose rows are
 dense and ``stride`` elements apart.
 """
 
@@ -11,8 +11,6 @@ from torch import Tensor
 
 from .cpu import _C_cpu
 from .fields import DTYPES
-
-TYPES = frozenset(() if _C_cpu is None else (torch.float32, torch.bfloat16, torch.float16))
 
 
 def rms_norm(x: Tensor, stride: int, weight: Tensor, eps: float, gain_offset: float) -> Tensor:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backends import cpu_linear
+from ..backends.cpu import TYPES
 from ..linear import GATES, linear
 from ..ops import is_plain_inference
 from ..pointwise import row_stride
@@ -137,7 +138,7 @@ def _may_lay_out(product: Product) -> bool:
     """Are these weights that the kernel takes, whose changes are seen?"""
     first = product.weights[0]
     return (
-        first.dtype in cpu_linear.TYPES
+        first.dtype in TYPES
         and first.dim() == 2
         and first.numel() >= _LEAST
         and all(
@@ -405,7 +406,7 @@ def pack_linears(model: _Module) -> _Module:
         if isinstance(module, _Packs) or getattr(type(module), "product", None) is F.linear:
             vars(module)["product"] = PackedProduct()
             count += 1
-    if count == 0 or not cpu_linear.TYPES:
+    if count == 0 or not TYPES:
         why = "has no nn.Linear" if count == 0 else "stays as it is: this installation has no native module for CPUs"
         warnings.warn(f"{type(model).__name__} {why}; nothing is packed", stacklevel=2)
     return model

@@ -1,13 +1,14 @@
 """Whole models against Hugging Face transformers with SDPA: the same random weights, in turns, as ratios.
 
 ``python -m transformer_fast.benchmarks.model_speed [--output FILE.md]``; needs transformers. Each case compares its
-results with float64 first, by the tolerance rule, and has no speed where they are wrong. Without and with
-``dropin.pack_linears``.
+results with float64 first, by the tolerance rule, and has no speed where they are wrong. Our model runs as it is, and
+a copy of it with ``dropin.pack_linears``: three models in turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from transformer_fast import models
 from transformer_fast.backends import cpu_linear
-from transformer_fast.dropin import pack_linears, unpack_linears
+from transformer_fast.dropin import pack_linears
 from transformer_fast.models.layers import fused_attention
 from transformer_fast.testing import judge
 from transformer_fast.testing.environment import environment
@@ -44,14 +45,20 @@ SMOLLM2 = dict(
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@dataclass
-class Pair:
-    """One case: the same work by us and by transformers. ``results``: ours, theirs, and theirs in float64."""
+@dataclass(frozen=True)
+class Case:
+    """The same work by a model of ours and by one of transformers.
+
+    Attributes:
+        prepare: from our model to what is timed, a function of no arguments.
+        theirs: what is timed of transformers.
+        results: from a model, of whomever, to what is compared.
+    """
 
     name: str
-    ours: Callable[[], object]
+    prepare: Callable[[Any], Callable[[], object]]
     theirs: Callable[[], object]
-    results: Callable[[], tuple[Tensor, Tensor, Tensor]] | None = None
+    results: Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -69,80 +76,82 @@ class Line:
     attention: float | None
 
 
-def _both(config: Any, auto: Any, dtype: torch.dtype, folder: str) -> tuple[Any, Any, Any]:
-    """Ours and theirs in ``dtype``, and theirs in float64, of the same weights."""
+@dataclass(frozen=True)
+class Models:
+    """The same weights four times: ours as it is and packed, theirs, and theirs in float64."""
+
+    ours: Any
+    packed: Any
+    theirs: Any
+    exact: Any
+
+
+def build(config: Any, auto: Any, dtype: torch.dtype) -> Models:
+    """Models of random weights, made by transformers and read from its file."""
     theirs = auto.from_config(config, attn_implementation="sdpa").eval().to(dtype)
-    theirs.save_pretrained(folder)
-    ours = models.from_pretrained(folder, dtype=dtype)
-    exact = auto.from_pretrained(folder, attn_implementation="eager", dtype=torch.float64).eval()
-    return ours, theirs, exact
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        ours = models.from_pretrained(folder, dtype=dtype)
+        exact = auto.from_pretrained(folder, attn_implementation="eager", dtype=torch.float64).eval()
+    return Models(ours, pack_linears(copy.deepcopy(ours)), theirs, exact)
 
 
-def encoder_pairs(dtype: torch.dtype, folder: str) -> Iterator[tuple[Any, Pair]]:
+def encoder_cases(theirs: Any) -> Iterator[Case]:
     """A padded batch of which half is padding."""
-    import transformers
-
-    ours, theirs, exact = _both(transformers.BertConfig(**MINILM), transformers.AutoModel, dtype, folder)
     lengths = torch.linspace(1, 255, 31).round().long()
     keep = torch.arange(256) < torch.cat((lengths, torch.tensor([256])))[:, None]
     ids, mask = torch.randint(5, 30000, keep.shape), keep.long()
 
-    def results() -> tuple[Tensor, Tensor, Tensor]:
-        some = {"input_ids": ids[::8], "attention_mask": mask[::8]}
-        found = [model(**some).last_hidden_state[keep[::8]] for model in (ours, theirs, exact)]
-        return found[0], found[1], found[2]
+    def results(model: Any) -> Tensor:
+        found: Tensor = model(input_ids=ids[::8], attention_mask=mask[::8]).last_hidden_state[keep[::8]]
+        return found
 
     name = f"MiniLM-sized encoder, 32 x 256, {1 - keep.float().mean():.0%} padding"
-    yield ours, Pair(name, lambda: ours.encode(ids, mask), lambda: theirs(ids, attention_mask=mask), results)
+    yield Case(name, lambda ours: lambda: ours.encode(ids, mask), lambda: theirs(ids, attention_mask=mask), results)
 
 
-def decoder_pairs(dtype: torch.dtype, folder: str) -> Iterator[tuple[Any, Pair]]:
+def decoder_cases(theirs: Any) -> Iterator[Case]:
     """Reading a prompt, one token after another, and a batch of unequal prompts."""
-    import transformers
-
-    config = transformers.LlamaConfig(**SMOLLM2)
-    ours, theirs, exact = _both(config, transformers.AutoModelForCausalLM, dtype, folder)
     ids = torch.randint(5, 49000, (1, 2048))
 
-    def results() -> tuple[Tensor, Tensor, Tensor]:
-        some = ids[:, :256]
-        baseline, oracle = (model(some, logits_to_keep=1).logits[:, -1] for model in (theirs, exact))
-        return ours.next_token_logits(some), baseline, oracle
+    def results(model: Any) -> Tensor:
+        found: Tensor = model(input_ids=ids[:, :256]).logits[:, -1]
+        return found
 
-    for seqlen in (512, 2048):
+    def reading(seqlen: int) -> Case:
         prompt = ids[:, :seqlen]
+        return Case(
+            f"SmolLM2-135M-sized decoder, prompt of {seqlen}",
+            lambda ours: lambda: ours.next_token_logits(prompt),
+            lambda: theirs(prompt, logits_to_keep=1, use_cache=False),
+            results,
+        )
 
-        def read(prompt: Tensor = prompt) -> object:
-            return ours.next_token_logits(prompt)
-
-        def they_read(prompt: Tensor = prompt) -> object:
-            return theirs(prompt, logits_to_keep=1, use_cache=False)
-
-        yield ours, Pair(f"SmolLM2-135M-sized decoder, prompt of {seqlen}", read, they_read, results)
-
-    cache = ours.new_cache(1, 4096)
-    ours.next_token_logits(ids, cache=cache)
-    their_cache = theirs(ids, use_cache=True, logits_to_keep=1).past_key_values
+    yield reading(512)
+    yield reading(2048)
     token = torch.tensor([[7]])
-    yield (
-        ours,
-        Pair(
-            "the same, one token after 2048",
-            lambda: ours.next_token_logits(token, cache=cache),
-            lambda: theirs(token, past_key_values=their_cache, use_cache=True),
-        ),
+
+    def after_a_prompt(ours: Any) -> Callable[[], object]:
+        cache = ours.new_cache(1, 4096)
+        ours.next_token_logits(ids, cache=cache)
+        return lambda: ours.next_token_logits(token, cache=cache)
+
+    their_cache = theirs(ids, use_cache=True, logits_to_keep=1).past_key_values
+    yield Case(
+        "the same, one token after 2048",
+        after_a_prompt,
+        lambda: theirs(token, past_key_values=their_cache, use_cache=True),
+        results,
     )
     lengths = torch.tensor([128, 40, 90, 17, 64, 110, 30, 77])
     mask = (torch.arange(128) >= 128 - lengths[:, None]).long()
     prompts = torch.randint(5, 49000, mask.shape)
-    how = dict(max_new_tokens=16, pad_token_id=0)
-    yield (
-        ours,
-        Pair(
-            "the same, 16 tokens after 8 unequal prompts",
-            lambda: ours.generate(prompts, attention_mask=mask, **how),
-            lambda: theirs.generate(prompts, attention_mask=mask, do_sample=False, **how),
-        ),
+    how = dict(attention_mask=mask, max_new_tokens=16, pad_token_id=0)
+    yield Case(
+        "the same, 16 tokens after 8 unequal prompts",
+        lambda ours: lambda: ours.generate(prompts, **how),
+        lambda: theirs.generate(prompts, do_sample=False, **how),
+        results,
     )
 
 
@@ -181,27 +190,29 @@ def shares(model: Any, step: Callable[[], object]) -> tuple[float, float | None]
 @torch.no_grad()
 def run(repeats: int = 7) -> Iterator[Line]:
     """Each case in each dtype; AssertionError where our results are wrong."""
+    import transformers
+
+    kinds = (
+        (transformers.BertConfig(**MINILM), transformers.AutoModel, encoder_cases),
+        (transformers.LlamaConfig(**SMOLLM2), transformers.AutoModelForCausalLM, decoder_cases),
+    )
     for dtype in DTYPES:
-        for pairs in (encoder_pairs, decoder_pairs):
-            with tempfile.TemporaryDirectory() as folder:
-                for ours, pair in pairs(dtype, folder):
-                    plain = measured(pair, repeats)
-                    pack_linears(ours)
-                    packed = measured(pair, repeats)
-                    products, attention = shares(ours, pair.ours)
-                    unpack_linears(ours)
-                    name = str(dtype).removeprefix("torch.")
-                    yield Line(pair.name, name, plain, packed, products, attention)
+        for config, auto, cases in kinds:
+            built = build(config, auto, dtype)
+            for case in cases(built.theirs):
+                yield measured(case, built, str(dtype).removeprefix("torch."), repeats)
 
 
-def measured(pair: Pair, repeats: int) -> float:
-    """Their time over ours; AssertionError where our results are wrong."""
-    if pair.results is not None:
-        found, baseline, oracle = pair.results()
-        verdict = judge(found, oracle, baseline, name=pair.name)
+def measured(case: Case, built: Models, dtype: str, repeats: int) -> Line:
+    """One case; AssertionError where our results are wrong."""
+    oracle, baseline = case.results(built.exact), case.results(built.theirs)
+    for ours in (built.ours, built.packed):
+        verdict = judge(case.results(ours), oracle, baseline, name=case.name)
         assert verdict.passed, str(verdict)
-    samples = interleaved({"ours": pair.ours, "theirs": pair.theirs}, repeats)
-    return ratio(samples["theirs"], samples["ours"]).median
+    steps = {"plain": case.prepare(built.ours), "packed": case.prepare(built.packed), "theirs": case.theirs}
+    samples = interleaved(steps, repeats)
+    plain, packed = (ratio(samples["theirs"], samples[name]).median for name in ("plain", "packed"))
+    return Line(case.name, dtype, plain, packed, *shares(built.packed, steps["packed"]))
 
 
 def main() -> None:

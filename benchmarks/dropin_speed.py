@@ -166,8 +166,7 @@ def cases() -> list[Case]:
             language,
             _train,
             _gradient,
-            fuse_pointwise,
-            BOTH[:1],
+            dtypes=BOTH[:1],
         ),
     ]
 

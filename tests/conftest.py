@@ -142,13 +142,15 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def every_product_is_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its weight laid out, whatever this machine would find."""
-    linears = importlib.import_module("transformer_fast.dropin.linears")
-    monkeypatch.setattr(linears, "is_quicker_packed", lambda *_: True)
-    monkeypatch.setattr(linears, "_quicker", {})
+    """By a kernel of ours, whatever this machine would find."""
+    for name in ("linears", "training"):
+        module = importlib.import_module(f"transformer_fast.dropin.{name}")
+        monkeypatch.setattr(module, "is_quicker", lambda *_: True)
+        monkeypatch.setattr(module, "_quicker", {})
 
 
 @pytest.fixture
 def every_product_is_packed(every_product_is_quicker: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of the small weights that tests have."""
-    monkeypatch.setattr("transformer_fast.dropin.linears._LEAST", 0)
+    for name in ("linears", "training"):
+        monkeypatch.setattr(f"transformer_fast.dropin.{name}._LEAST", 0)

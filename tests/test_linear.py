@@ -86,6 +86,32 @@ def assert_right(found: Tensor, given: dict[str, Any]) -> None:
     assert verdict.passed, verdict
 
 
+#: Rows, depth and columns: as above, more depth than is laid out at a time, and more columns.
+MATRICES = [(1, 1, 1), (3, 37, 5), (16, 64, 32), (100, 70, 130), (129, 40, 33), (5, 2100, 1500), (70, 1024, 1100)]
+
+
+@each_isa
+@pytest.mark.parametrize("shape", MATRICES, ids=str)
+@pytest.mark.sanitize
+def test_matrices_as_they_lie(isa: str, shape: tuple[int, int, int]) -> None:
+    """By rows or by columns, the second also with any strides, and in parts of larger ones."""
+    rows, depth, columns = shape
+    wide, tall = draw(rows, depth + 3, dtype=torch.float32), draw(depth, rows + 2, dtype=torch.float32)
+    factors = [draw(*size, dtype=torch.float32, seed=2) for size in ((depth, columns + 1), (columns, depth + 5))]
+    every_other = draw(depth, 2 * columns, dtype=torch.float32)[:, ::2]
+    bias = draw(columns, dtype=torch.float32)
+    for a in (wide[:, :depth], tall.t()[:rows]):
+        for b in (factors[0][:, :columns], factors[1].t()[:depth], every_other):
+            for added in (bias, None):
+                with force_isa(isa):
+                    found = cpu_linear.matrix_product(a, b, added)
+                exact, baseline = a.double() @ b.double(), a @ b
+                if added is not None:
+                    exact, baseline = exact + added, baseline + added
+                verdict = judge(found, exact, baseline)
+                assert verdict.passed, verdict
+
+
 def test_every_activation_but_one_has_a_kernel() -> None:
     assert set(NAMES) == set(ACTIVATIONS) - {"tanh"} | set(GATES)
 

@@ -95,12 +95,14 @@ tf::Linear linear_of(int64_t activation, bool gated, int64_t dtype, int64_t rows
             out_features,
             tf::bindings::bytes(x),
             x_row,
+            1,
             tf::bindings::bytes(laid_out),
             tf::bindings::bytes(bias),
             tf::bindings::bytes(value_bias),
             tf::bindings::bytes(residual),
             residual_row,
-            tf::bindings::bytes(out)};
+            tf::bindings::bytes(out),
+            out_features};
 }
 
 }  // namespace
@@ -145,6 +147,22 @@ PYBIND11_MODULE(_C_cpu, m) {
     m.def("linear_pair", [](const tf::Linear& first, const tf::Linear& second, int num_threads) {
         py::gil_scoped_release release;
         tf::linear_pair(first, second, num_threads);
+    });
+    m.def("matrix_product", [](int64_t rows, int64_t depth, int64_t columns, Address a, int64_t a_row, int64_t a_column,
+                               Address b, int64_t b_row, int64_t b_column, Address bias, Address out, int num_threads) {
+        const tf::MatrixProduct p{rows,
+                                  depth,
+                                  columns,
+                                  tf::bindings::bytes(a),
+                                  a_row,
+                                  a_column,
+                                  tf::bindings::bytes(b),
+                                  b_row,
+                                  b_column,
+                                  tf::bindings::bytes(bias),
+                                  tf::bindings::bytes(out)};
+        py::gil_scoped_release release;
+        tf::matrix_product(p, num_threads);
     });
     m.def("available_isas", &tf::available_isas, "Instruction sets this machine can run, best first.");
     m.def("current_isa", &tf::current_isa);

@@ -132,18 +132,30 @@ struct Pointwise {
 };
 
 // Rows times weights that were laid out for it: out = activation(x W^T + bias) + residual; a gated one has two weights,
-// out = activation(x W^T + bias) * (x V^T + value_bias) + residual. Strides are in elements; `out` is contiguous.
+// out = activation(x W^T + bias) * (x V^T + value_bias) + residual. Strides are in elements.
 struct Linear {
     enum Activation : int { none, relu, gelu, gelu_tanh, silu } activation;
     bool gated;
     DType dtype;
     int64_t rows, in_features, out_features;
     const char* x;
-    int64_t x_row;
+    int64_t x_row, x_column;  // x_column is 1; or, of float32, x_row is
     const char* laid_out;
     const char *bias, *value_bias;  // null where there is none
     const char* residual;           // null where there is none
     int64_t residual_row;
+    char* out;
+    int64_t out_row;
+};
+
+// out = a b + bias in float32, with matrices as they lie. Strides are in elements: one of a's is 1; `out` is contiguous.
+struct MatrixProduct {
+    int64_t rows, depth, columns;
+    const char* a;
+    int64_t a_row, a_column;
+    const char* b;
+    int64_t b_row, b_column;
+    const char* bias;  // of the columns; null where there is none
     char* out;
 };
 

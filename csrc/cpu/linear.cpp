@@ -59,14 +59,28 @@ constexpr int64_t panel_bytes(int64_t in_features) {
 
 // Must rows of x be copied for the product?
 template <DType kType>
-constexpr bool copies_rows(int64_t in_features) {
-    return LinearProduct<kType>::kWiden || in_features % LinearProduct<kType>::kPad != 0;
+bool copies_rows(const Linear& p) {
+    return LinearProduct<kType>::kWiden || p.in_features % LinearProduct<kType>::kPad != 0 || p.x_column != 1;
+}
+
+// A whole panel of floats: rows as they are, or turned.
+void lay_out_floats(const LinearWeight& w, const char* weight, int64_t first, float* to) {
+    const float* from = reinterpret_cast<const float*>(weight) + first * w.out_stride;
+    if (w.in_stride == 1) return transpose(from, w.out_stride, to, kPanel, kPanel, w.in_features);
+    for (int64_t k = 0; k < w.in_features; ++k, from += w.in_stride, to += kPanel) {
+        unroll<kPanelVectors>([&](auto v) TF_INLINE_LAMBDA { store(to + v * kLanes, load(from + v * kLanes)); });
+    }
 }
 
 template <DType kType>
 void lay_out_panel(const LinearWeight& w, const char* weight, int64_t first, char* to) {
     using P = LinearProduct<kType>;
     constexpr int64_t kSize = size_of(kType);
+    if constexpr (kType == DType::f32) {
+        if (first + kPanel <= w.out_features && (w.in_stride == 1 || w.out_stride == 1)) {
+            return lay_out_floats(w, weight, first, reinterpret_cast<float*>(to));
+        }
+    }
     for (int64_t k = 0; k < panel_rows<kType>(w.in_features) * P::kStep; k += P::kStep) {
         for (int64_t n = first; n < first + kPanel; ++n) {
             for (int64_t i = k; i < k + P::kStep; ++i, to += kSize) {
@@ -134,7 +148,7 @@ void finish(const Linear& p, int64_t first_row, int64_t rows, int64_t first, int
     };
     for (int64_t r = 0; r < rows; ++r, sums += kPanel) {
         const char* residual = p.residual + ((first_row + r) * p.residual_row + first) * kSize;
-        char* out = p.out + ((first_row + r) * p.out_features + first) * kSize;
+        char* out = p.out + ((first_row + r) * p.out_row + first) * kSize;
         for_each_vector(columns, [&](int64_t i, auto count) TF_INLINE_LAMBDA {
             const float* sum = sums + i / kPanel * panel * (kGated ? 2 : 1) + i % kPanel;
             F x = activate<kActivation, kCoarse>(load(sum) + bias_at(p.bias, i, count));
@@ -172,16 +186,20 @@ Workspace workspace_of(const Linear& p, char* memory) {
     using P = LinearProduct<kType>;
     const int64_t rows = min_of(P::kRowBlock, p.rows);
     const int64_t sums = rows * kPanel * kGroup * 4, wide = P::kWiden ? P::kDepthBlock * kPanel * 4 : 0;
-    const int64_t copied = copies_rows<kType>(p.in_features) ? rows * panel_rows<kType>(p.in_features) * 4 : 0;
+    const int64_t copied = copies_rows<kType>(p) ? rows * panel_rows<kType>(p.in_features) * 4 : 0;
     return {reinterpret_cast<float*>(memory), reinterpret_cast<float*>(memory + sums), memory + sums + wide,
             sums + wide + copied};
 }
 
-// Rows of x as the product reads them: widened, or filled up with zeros.
+// Rows of x as the product reads them: widened, filled up with zeros, or turned.
 template <DType kType>
 void copy_rows(const Linear& p, int64_t first_row, int64_t rows, char* to) {
     constexpr int64_t kSize = size_of(kType);
     const int64_t stride = panel_rows<kType>(p.in_features) * 4;
+    if (p.x_column != 1) {
+        const float* columns = reinterpret_cast<const float*>(p.x) + first_row;
+        return transpose(columns, p.x_column, reinterpret_cast<float*>(to), p.in_features, p.in_features, rows);
+    }
     for (int64_t r = 0; r < rows; ++r, to += stride) {
         const char* from = p.x + (first_row + r) * p.x_row * kSize;
         if constexpr (LinearProduct<kType>::kWiden) {
@@ -203,7 +221,7 @@ void linear_of(const Linear& p, int64_t first_row, int64_t last_row, int64_t fir
     const int64_t bytes = panel_bytes<kType>(p.in_features), parts = p.gated ? 2 : 1;
     const char* a = p.x + first_row * p.x_row * size_of(kType);
     int64_t a_stride = p.x_row * size_of(kType);
-    if (copies_rows<kType>(p.in_features)) {
+    if (copies_rows<kType>(p)) {
         copy_rows<kType>(p, first_row, rows, workspace.rows);
         a = workspace.rows, a_stride = depth * 4;
     }

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformer_fast import models
 from transformer_fast.backends import cpu_linear
 from transformer_fast.backends.cpu import TYPES, force_isa
-from transformer_fast.dropin import linears, pack_linears, unpack_linears
+from transformer_fast.dropin import linears, pack_linears, trial, unpack_linears
 from transformer_fast.linear import linear
 from transformer_fast.testing import judge
 
@@ -182,7 +182,7 @@ def test_two_layers_of_many_rows(product: linears.PackedProduct, monkeypatch: py
     monkeypatch.setattr(cpu_linear, "multiply_twice", lambda x, *rest: pairs.append(x.rows) or twice(x, *rest))
     if slow is not None:  # the first answer is the pair's
         answers = iter([slow == "layers", *[slow == "pair"] * 9])
-        monkeypatch.setattr(linears, "is_quicker_packed", lambda *_: next(answers))
+        monkeypatch.setattr(linears, "is_quicker", lambda *_: next(answers))
     up, down, other = layer(), nn.Linear(OUT, IN).eval(), linears.PackedProduct()
 
     def run(x: Tensor, residual: Tensor | None) -> None:
@@ -400,7 +400,7 @@ def test_small_weights_and_subclasses_are_left_alone() -> None:
     assert all(packed_weight(module) is None for module in model)
 
 
-TRY_BOTH = linears.is_quicker_packed  # before the fixture puts its own in place
+TRY_BOTH = linears.is_quicker  # before the fixture puts its own in place
 
 
 @pytest.mark.parametrize("slow", ["packed", "plain"])
@@ -416,13 +416,13 @@ def test_what_is_quicker_is_found_once_for_each_kind(monkeypatch: pytest.MonkeyP
 
         return call
 
-    def asks(plain: Callable[[], Tensor], packed: Callable[[], Tensor], rows: int) -> bool:
+    def asks(plain: Callable[[], Tensor], packed: Callable[[], Tensor], rows: int, worth_it: float) -> bool:
         asked.append(rows)
-        return TRY_BOTH(plain, packed, rows)
+        return TRY_BOTH(plain, packed, rows, worth_it)
 
     where, name = (cpu_linear, "multiply") if slow == "packed" else (linears.F, "linear")
     monkeypatch.setattr(where, name, slowed(getattr(where, name)))
-    monkeypatch.setattr(linears, "is_quicker_packed", asks)
+    monkeypatch.setattr(linears, "is_quicker", asks)
     model = pack_linears(nn.Sequential(layer(), nn.Linear(OUT, IN), layer()))
     for count in (33, 40, 63, 64):
         model(rows(count))
@@ -450,11 +450,11 @@ def test_nothing_is_packed_where_bits_must_be_the_same_tomorrow() -> None:
 def test_products_of_few_rows_are_tried_with_weights_from_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a model every weight is met once a step, so one that is in a cache would tell nothing."""
     pushed_out: list[int] = []
-    monkeypatch.setattr(linears, "_CACHE", 2**10)
+    monkeypatch.setattr(trial, "_CACHE", 2**10)
     monkeypatch.setattr(Tensor, "fill_", lambda self, value: pushed_out.append(self.numel()))
     for rows in (1, 32, 33):
         pushed_out.clear()
-        TRY_BOTH(lambda: None, lambda: None, rows)
+        TRY_BOTH(lambda: None, lambda: None, rows, 1.0)
         assert pushed_out == [2**10 if rows <= 32 else 0] * 10
 
 

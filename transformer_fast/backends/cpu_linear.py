@@ -84,6 +84,20 @@ def multiply(x: Rows, layer: Layer, residual: Rows | None) -> Tensor:
     return out
 
 
+def matrix_product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """``a @ b + bias`` of float32 matrices as they lie, (rows, depth) and (depth, columns), one of a's strides being 1.
+
+    Nothing of their sizes is allocated but the result.
+    """
+    (rows, depth), columns = a.shape, b.shape[1]
+    out = torch.empty(rows, columns, dtype=a.dtype, device="cpu")
+    _C_cpu.matrix_product(
+        rows, depth, columns, a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(),
+        0 if bias is None else bias.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
 def multiply_twice(x: Rows, first: Layer, second: Layer, residual: Rows | None) -> Tensor:
     """``multiply`` by one layer and what it gives by another; for many rows, of which a thread has a part."""
     out = _out(x, second.out_features)

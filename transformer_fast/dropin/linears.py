@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import statistics
 import warnings
 from collections.abc import Callable
-from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -22,10 +20,12 @@ from torch import Tensor, nn
 
 from ..backends import cpu_linear
 from ..backends.cpu import TYPES
-from ..linear import GATES, linear
+from ..linear import GATES, followed
 from ..ops import is_plain_inference
 from ..pointwise import row_stride
+from . import training
 from .swap import Swapped, is_swapped, own_class, swapped
+from .trial import is_quicker
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -60,12 +60,13 @@ class Product(NamedTuple):
         size = self.weights[0].shape[1 if self.by_columns else 0]
         return size // 2 if self.is_gated and len(self.weights) == 1 else size
 
-    def plain(self, x: Tensor) -> Tensor:
-        """By PyTorch's operators."""
+    def plain(self, x: Tensor, multiply: Callable[..., Tensor] | None = None) -> Tensor:
+        """By PyTorch's operators, or by another product and them."""
+        multiply = multiply or F.linear
         if len(self.weights) == 1:
-            return linear(x, self.rows[0], self.biases[0], self.activation, self.residual)
+            return followed(multiply(x, self.rows[0], self.biases[0]), self.activation, self.residual)
         assert self.activation is not None
-        y = GATES[self.activation](*map(F.linear, (x, x), self.rows, self.biases))
+        y = GATES[self.activation](*map(multiply, (x, x), self.rows, self.biases))
         return y if self.residual is None else self.residual + y
 
     def packed(self, x: Tensor, found: _LaidOut) -> Tensor:
@@ -184,35 +185,6 @@ def _halves(parts: tuple[Any, ...], is_gated: bool) -> tuple[Any, Any]:
 _quicker: dict[Any, bool] = {}
 #: A laid-out weight is used where it takes less than so much of the other's time: it also takes memory.
 _WORTH_IT = 0.9
-#: Pairs of products that are timed, and the seconds after which no other pair is begun.
-_PAIRS, _PATIENCE = 5, 0.1
-#: Up to so many rows the weight's way from memory is what takes the time, and a weight met again would be in a cache:
-#: as many bytes are written in between as push it out.
-_FEW_ROWS, _CACHE = 32, 2**24
-
-
-def is_quicker_packed(plain: Callable[[], Tensor], packed: Callable[[], Tensor], rows: int) -> bool:
-    """Is a product of so many rows quicker with its weight laid out on this machine, by trying both in turns?
-
-    Asked once a process for each kind of product.
-    """
-    packed()  # its memory is new
-    other = torch.empty(_CACHE if rows <= _FEW_ROWS else 0, dtype=torch.uint8, device="cpu")
-
-    def seconds(product: Callable[[], Tensor]) -> float:
-        other.fill_(1)
-        start = perf_counter()
-        product()
-        return perf_counter() - start
-
-    times: list[float] = []
-    begin = perf_counter()
-    while len(times) < _PAIRS and (not times or perf_counter() - begin < _PATIENCE):
-        before = seconds(plain)
-        times.append(seconds(packed) / before)
-    return statistics.median(times) < _WORTH_IT
-
-
 #: Rows of a thread from which two layers are done as one call: fewer are not worth a weight's way for each block.
 _ROWS_OF_PAIRS = 256
 
@@ -285,7 +257,7 @@ class PackedProduct:
     def run(self, x: Tensor, product: Product) -> Tensor:
         """The same, of a product."""
         if not self._may(x, product):
-            return product.plain(x)
+            return product.plain(x, training.linear)
         kind = _kind(x, product)
         quicker = _quicker.get(kind)
         if quicker is False:
@@ -293,7 +265,7 @@ class PackedProduct:
         found = self._laid_out(product)
         if quicker is None:
             rows = x.numel() // x.shape[-1]
-            quicker = is_quicker_packed(lambda: product.plain(x), lambda: product.packed(x, found), rows)
+            quicker = is_quicker(lambda: product.plain(x), lambda: product.packed(x, found), rows, _WORTH_IT)
             _quicker[kind] = quicker
             if not quicker:
                 return product.plain(x)
@@ -316,7 +288,7 @@ class PackedProduct:
             return cpu_linear.multiply_twice(_rows(x), found.layer(product), after.layer(second), residual)
 
         if quicker is None:
-            quicker = is_quicker_packed(lambda: second.plain(product.plain(x)), packed, rows)
+            quicker = is_quicker(lambda: second.plain(product.plain(x)), packed, rows, _WORTH_IT)
             _quicker[kind] = quicker
             if not quicker:
                 return other.run(self.run(x, product), second)

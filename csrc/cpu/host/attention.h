@@ -20,5 +20,6 @@ void linear(const Linear&, int num_threads);
 // `second` of what `first` gives, block by block of rows, so that what is between stays in the cache: first.out and
 // second.x are not read.
 void linear_pair(const Linear& first, const Linear& second, int num_threads);
+void matrix_product(const MatrixProduct&, int num_threads);
 
 }  // namespace tf

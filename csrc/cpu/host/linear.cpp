@@ -7,6 +7,9 @@ namespace tf {
 namespace {
 
 constexpr int64_t kSerialWork = 1 << 16;  // multiplications that are done sooner than another thread has woken
+// A matrix product lays out so much of b at a time: it stays in a cache while all rows of a pass. Of more depth, sums
+// go through `out`.
+constexpr int64_t kLaidOutBytes = 4 << 20, kLaidOutDepth = 1024;
 
 }  // namespace
 
@@ -51,12 +54,45 @@ void linear_pair(const Linear& first, const Linear& second, int num_threads) {
         a.rows = b.rows = count;
         a.x += begin * a.x_row * size;
         a.out = memory;
+        a.out_row = first.out_features;
         b.x = memory, b.x_row = first.out_features;
         if (b.residual) b.residual += begin * b.residual_row * size;
-        b.out += begin * b.out_features * size;
+        b.out += begin * b.out_row * size;
         kernels.linear(a, 0, count, 0, ceil_div(a.out_features, layout.panel), memory + hidden);
         kernels.linear(b, 0, count, 0, ceil_div(b.out_features, layout.panel), memory + hidden);
     });
+}
+
+void matrix_product(const MatrixProduct& p, int num_threads) {
+    thread_local Scratch laid_out;
+    const int64_t chunks = ceil_div(p.depth, kLaidOutDepth);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const int64_t k = p.depth * chunk / chunks, depth = p.depth * (chunk + 1) / chunks - k;
+        const LinearLayout layout = current_kernels().linear_layout(DType::f32, depth);
+        const int64_t width = std::max<int64_t>(kLaidOutBytes / layout.panel_bytes, 1) * layout.panel;
+        for (int64_t n = 0; n < p.columns; n += width) {
+            LinearWeight w{};
+            w.dtype = DType::f32;
+            w.in_features = depth, w.out_features = std::min(width, p.columns - n);
+            w.weight = p.b + (k * p.b_row + n * p.b_column) * 4;
+            w.out_stride = p.b_column, w.in_stride = p.b_row;
+            w.laid_out = laid_out.get(linear_bytes(w));
+            lay_out_linear(w, num_threads);
+            Linear l{};
+            l.activation = Linear::none;
+            l.dtype = DType::f32;
+            l.rows = p.rows, l.in_features = depth, l.out_features = w.out_features;
+            l.x = p.a + k * p.a_column * 4, l.x_row = p.a_row, l.x_column = p.a_column;
+            l.laid_out = w.laid_out;
+            l.out = p.out + n * 4, l.out_row = p.columns;
+            if (k > 0) {
+                l.residual = l.out, l.residual_row = l.out_row;
+            } else if (p.bias) {
+                l.bias = p.bias + n * 4;
+            }
+            linear(l, num_threads);
+        }
+    }
 }
 
 }  // namespace tf

@@ -11,7 +11,7 @@ from dropin.promised import PROMISED
 
 from transformer_fast.dropin import linears
 from transformer_fast.models import Architecture, CausalLM, EncoderModel, ModelConfig, TokenLayout
-from transformer_fast.models.layers import Attention, AttentionOptions
+from transformer_fast.models.layers import MLP, Attention, AttentionOptions
 from transformer_fast.tasks import SentenceEncoder
 from transformer_fast.testing import judge
 
@@ -287,6 +287,67 @@ def test_hooks_hear_what_a_layer_gives(packs):
             linears.pack_linears(model)
         model.decoder.blocks[0].get_submodule(place).register_forward_hook(lambda m, x, out: out * 0)
         assert (model(ids).logits - expected).abs().max() <= PROMISED * expected.abs().max(), place
+
+
+LAST_ROWS = {
+    "sandwich": {"norm_placement": "sandwich"},
+    "pre, a window and rotary positions": {"norm_placement": "pre", "sliding_window": 4, "positions": "rope"},
+    "post": {"norm_placement": "post"},
+    "parallel": {"norm_placement": "parallel", "activation": "swiglu"},
+    "a bias of positions": {"positions": "relative"},
+}
+
+
+@pytest.fixture
+def rows_of_mlps(monkeypatch):
+    """How many rows each block's feed-forward layer had."""
+    seen, forward = [], MLP.forward
+    monkeypatch.setattr(
+        MLP, "forward", lambda self, x, *rest, **how: seen.append(len(x)) or forward(self, x, *rest, **how)
+    )
+    return seen
+
+
+@pytest.mark.parametrize("changes", LAST_ROWS.values(), ids=LAST_ROWS)
+@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.usefixtures("every_product_is_packed")
+@torch.no_grad()
+def test_the_last_block_computes_the_last_rows_alone(changes, packs, cached, rows_of_mlps):
+    """Where these are all that is asked for: the same logits, of dense and of padded prompts, and of what follows."""
+    model, ids = small_decoder(**changes), torch.randint(50, (3, 9))
+    if packs:
+        linears.pack_linears(model)
+    mask = torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [1] * 2 + [0] * 7]).bool()
+    for keep in (None, mask):
+        cache = model.new_cache(3, 20) if cached else None
+        rows_of_mlps.clear()
+        found = model.next_token_logits(ids, keep, cache=cache)
+        assert rows_of_mlps == [27 if keep is None else 16, 3]
+        alone = [row if keep is None else row[keep[i]] for i, row in enumerate(ids)]
+        expected = torch.cat([model(row[None]).logits[:, -1] for row in alone])
+        assert (found - expected).abs().max() <= PROMISED * expected.abs().max()
+        if cache is not None:
+            found = model.next_token_logits(ids[:, :2], cache=cache)
+            longer = [torch.cat((row, ids[i, :2])) for i, row in enumerate(alone)]
+            expected = torch.cat([model(row[None]).logits[:, -1] for row in longer])
+            assert (found - expected).abs().max() <= PROMISED * expected.abs().max()
+
+
+@pytest.mark.parametrize("place", ["blocks.1", "blocks.1.mlp.down", "blocks.1.mlp_norm", "final_norm"])
+@torch.no_grad()
+def test_who_listens_to_the_last_block_hears_all_rows(place, rows_of_mlps):
+    model, ids, heard = small_decoder(), torch.randint(50, (2, 7)), []
+    expected = model.next_token_logits(ids)
+    hook = model.decoder.get_submodule(place).register_forward_hook(lambda m, x, out: heard.append(len(out)))
+    found = model.next_token_logits(ids)
+    assert heard == [14]
+    assert (found - expected).abs().max() <= PROMISED * expected.abs().max()
+    hook.remove()
+    rows_of_mlps.clear()
+    model.decoder.blocks[1].attention = Wrapped(model.decoder.blocks[1].attention)  # which knows nothing of rows
+    model.next_token_logits(ids)
+    assert rows_of_mlps == [14, 14]
 
 
 class Path(torch.nn.Module):

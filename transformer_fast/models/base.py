@@ -211,12 +211,15 @@ class Model(nn.Module):
         if by_column and places and layout.mask is not None and not bool(layout.mask[:, -1].all()):
             raise ValueError(f"{name} is padded on the right; allowed with a cache in this model: on the left")
 
-    def run(self, stack: Stack, x: Tensor, context: Context, states: States = None) -> tuple[Tensor, TokenLayout]:
+    def run(
+        self, stack: Stack, x: Tensor, context: Context, states: States = None, **how: bool
+    ) -> tuple[Tensor, TokenLayout]:
         """A stack on its first hidden states; returns the last ones ``(tokens, d)`` and their layout.
 
-        ``states`` becomes ``hidden_states``: the input of each layer, and the last result, in the grid.
+        ``states`` becomes ``hidden_states``: the input of each layer, and the last result, in the grid. More options
+        are those of :meth:`Stack.run`.
         """
-        rows, layout = stack.run(x, context, states), context.layout
+        rows, layout = stack.run(x, context, states, **how), context.layout
         if states is not None:
             if not self.architecture.final_state_unnormed:
                 states[-1] = rows

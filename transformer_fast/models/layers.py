@@ -229,6 +229,7 @@ class Context:
         cache: of the keys and values of earlier tokens.
         memory, memory_layout: the encoder's rows, for cross-attention; ``memory`` may be None once
             ``cross_cache`` holds their keys and values.
+        last_only: of the block that runs, each sequence's last row is all that is read.
     """
 
     layout: TokenLayout
@@ -238,6 +239,11 @@ class Context:
     memory: Tensor | None = None
     memory_layout: TokenLayout | None = None
     cross_cache: CrossCache | None = None
+    last_only: bool = False
+
+    def wanted(self, rows: Tensor) -> Tensor:
+        """Those of ``(tokens, d)`` that are read of the block that runs."""
+        return self.layout.last_rows(rows) if self.last_only else rows
 
     def reorder(self, index: Tensor) -> None:
         """In the caches of a decoder, row ``i`` becomes what row ``index[i]`` was, which had the same source."""
@@ -282,12 +288,12 @@ class Attention(nn.Module):
         return self.options
 
     def forward(self, x: Tensor, context: Context, residual: Tensor | None = None) -> Tensor:
-        """``(tokens, d)`` to ``(tokens, d)``, added to ``residual``.
+        """``(tokens, d)`` to those rows that are wanted, added to ``residual``, which has only them.
 
         With a cache, its keys are extended by these rows first.
         """
         out = self._cross(x, context) if hasattr(self, "kv") else self._self(x, context)
-        return layer_followed(self.out, out.flatten(1), residual=residual)
+        return layer_followed(self.out, context.wanted(out.flatten(1)), residual=residual)
 
     def _self(self, x: Tensor, context: Context) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (tokens, num_heads + 2 * num_kv_heads, head_dim)

@@ -112,14 +112,16 @@ class DecoderModel(Model):
         *,
         token_type_ids: Tensor | None = None,
         states: States = None,
+        last_only: bool = False,
         **how: Any,
     ) -> tuple[Tensor, TokenLayout]:
         """``(batch, seqlen)`` ids to rows ``(tokens, d)`` and their layout.
 
-        Arguments as in :meth:`forward`, and ``targets`` and ``packed`` of :meth:`read`.
+        Arguments as in :meth:`forward`, ``targets`` and ``packed`` of :meth:`read`, and ``last_only`` of
+        :meth:`Stack.run`.
         """
         x, layout = self.read(self.decoder, input_ids, attention_mask, types=token_type_ids, cache=cache, **how)
-        return self.run(self.decoder, x, Context(layout, cache=cache), states)
+        return self.run(self.decoder, x, Context(layout, cache=cache), states, last_only=last_only)
 
     def forward(
         self,
@@ -152,7 +154,7 @@ class DecoderModel(Model):
             raise TypeError(f"past_key_values is a {type(cache).__name__}; allowed: what use_cache=True gave")
         if cache is None and use_cache:
             cache = self.new_cache(len(input_ids), input_ids.shape[-1] + _ROOM)
-        how = {"position_ids": position_ids, "targets": targets, "packed": packed}
+        how: dict[str, Any] = {"position_ids": position_ids, "targets": targets, "packed": packed}
         rows, layout = self.decode(
             input_ids, attention_mask, cache, token_type_ids=token_type_ids, states=states, **how
         )
@@ -174,8 +176,8 @@ class DecoderModel(Model):
                 position_ids = (attention_mask.bool().cumsum(1) - 1).clamp(min=0)
         if cache is not None:
             cache.by_token = True
-        rows, layout = self.decode(input_ids, attention_mask, cache, position_ids=position_ids)
-        return self.head.logits(layout.last_rows(rows))
+        rows, _ = self.decode(input_ids, attention_mask, cache, position_ids=position_ids, last_only=True)
+        return self.head.logits(rows)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
         """Continue prompts; see :func:`transformer_fast.generation.generate`."""

@@ -46,10 +46,10 @@ class Block(nn.Module):
         self.mlp_post_norm = build_norm(config) if sandwich else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """``(tokens, d)`` to ``(tokens, d)``."""
+        """``(tokens, d)`` to those rows that are wanted."""
         if self.mlp_norm is None:
             seen = self.attention_norm(x)
-            return x + self.dropout(self.attention(seen, context) + self.mlp(seen))
+            return context.wanted(x) + self.dropout(self.attention(seen, context) + self.mlp(context.wanted(seen)))
         x = self._add(x, self.attention, self.attention_norm, self.attention_post_norm, self.attention_dropout, context)
         if self.cross is not None and self.cross_norm is not None:
             x = self._add(x, self.cross, self.cross_norm, None, self.attention_dropout, context)
@@ -60,6 +60,8 @@ class Block(nn.Module):
     ) -> Tensor:
         before = self.placement != "post"
         seen = norm(x) if before else x
+        for shared in context:
+            x = shared.wanted(x)
         drops = type(drop) is not nn.Dropout or (drop.training and drop.p) or is_heard(drop)
         if post is None and not drops and type(layer) in (Attention, MLP) and not is_heard(layer):
             x = layer(seen, *context, residual=x)
@@ -96,8 +98,14 @@ class Stack(nn.Module):
         """The token table, where the stack reads tokens."""
         return self.embeddings.tokens if isinstance(self.embeddings, Embeddings) else None
 
-    def run(self, x: Tensor, context: Context, states: list[Tensor] | None = None) -> Tensor:
-        """The first hidden states ``(tokens, d)`` to the last ones; each layer's input is appended to ``states``."""
+    def run(
+        self, x: Tensor, context: Context, states: list[Tensor] | None = None, *, last_only: bool = False
+    ) -> Tensor:
+        """The first hidden states ``(tokens, d)`` to the last ones; each layer's input is appended to ``states``.
+
+        ``last_only``: to those of each sequence's last token, ``(batch, d)``. What comes after the last block's
+        attention is then not computed for the others.
+        """
         layout, config = context.layout, self.config
         x = self.dropout(x)
         if config.positions == "rope":
@@ -105,13 +113,22 @@ class Stack(nn.Module):
         if self.relative is not None:
             keys = layout.seqlen if context.cache is None else context.cache.max_seqlen
             context.bias = self.relative(layout.grid_positions, keys)
+        narrowed = self.blocks[-1] if last_only and layout.seqlen > 1 and self._may_narrow() else None
         for block in self.blocks:
             if states is not None:
                 states.append(x)
+            context.last_only = block is narrowed
             x = block(x, context)
         if states is not None:
             states.append(x)
-        return self.final_dropout(x if self.final_norm is None else self.final_norm(x))
+        x = self.final_dropout(x if self.final_norm is None else self.final_norm(x))
+        return layout.last_rows(x) if last_only and narrowed is None else x
+
+    def _may_narrow(self) -> bool:
+        """May the last block leave out rows? Not where somebody listens from there on, or it is not as it was built."""
+        block, after = self.blocks[-1], () if self.final_norm is None else (self.final_norm,)
+        is_own = type(block) is Block and block.cross is None and type(block.attention) is Attention
+        return is_own and not any(map(is_heard, (*block.modules(), *after)))
 
     def check_length(self, length: int) -> None:
         """Refuse sequences longer than the position table."""

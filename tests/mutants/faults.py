@@ -37,7 +37,8 @@ _LINEAR = _selection("test_linear", "portable")
 _LINEAR_TILES = _selection("test_linear", "amx_bf16 and bfloat16")
 _PACKED = _selection("dropin/test_linears", "not compiled and not models and not tracing")
 _ROTARY = _selection("dropin/test_pointwise", "rotary or angles or rotation or gates or dense")
-_STACK = _selection("models/test_stack", "hooks or parts")
+_TRAINING = _selection("dropin/test_training", "not compiler")
+_STACK = _selection("models/test_stack", "hooks or parts or last")
 _CACHE = _selection("models/test_stack models/test_cache", "padded or shorter")
 _THREADS = _selection("test_cpu_native", "same_bits and float32")
 _DATA = _selection("test_arguments", "data_out_of_range")
@@ -176,8 +177,28 @@ LINEAR = [
     Fault("linear: a pair's residual of the first rows", _HOST + "linear.cpp",
           "if (b.residual) b.residual += begin * b.residual_row * size;", "", _LINEAR),
     Fault("linear: rows are not filled up to whole tiles", _CPU + "linear.cpp",
-          "return LinearProduct<kType>::kWiden || in_features % LinearProduct<kType>::kPad != 0;",
-          "return LinearProduct<kType>::kWiden;", _LINEAR_TILES, "amx_bf16"),
+          "p.in_features % LinearProduct<kType>::kPad != 0 || ", "", _LINEAR_TILES, "amx_bf16"),
+    Fault("matrices: a part of the depth replaces the ones before", _HOST + "linear.cpp",
+          "if (k > 0) {", "if (k < 0) {", _LINEAR),
+    Fault("matrices: every part of the columns is the first", _HOST + "linear.cpp",
+          "(k * p.b_row + n * p.b_column) * 4", "k * p.b_row * 4", _LINEAR),
+    Fault("matrices: the first columns' bias", _HOST + "linear.cpp", "l.bias = p.bias + n * 4;", "l.bias = p.bias;",
+          _LINEAR),
+    Fault("matrices: rows that are turned are the first block's", _CPU + "linear.cpp",
+          "reinterpret_cast<const float*>(p.x) + first_row;", "reinterpret_cast<const float*>(p.x);", _LINEAR),
+    Fault("matrices: a whole panel of the first outputs", _CPU + "linear.cpp",
+          "reinterpret_cast<const float*>(weight) + first * w.out_stride;", "reinterpret_cast<const float*>(weight);",
+          _LINEAR),
+    Fault("training: a gradient that is differentiated again is a constant", _PACKAGE + "dropin/training.py",
+          "if not is_plain_inference(a, b, bias) or not _quickly", "if not _quickly", _TRAINING),
+    Fault("training: other bits tomorrow though the same were asked for", _PACKAGE + "dropin/training.py",
+          "and not torch.are_deterministic_algorithms_enabled()", "", _TRAINING),
+    Fault("training: the gradient of a weight by columns in another order", _PACKAGE + "dropin/training.py",
+          "by_columns = weight.stride(0) == 1 != weight.stride(1)", "by_columns = False", _TRAINING),
+    Fault("blocks: who listens to the final norm hears the last rows alone", _PACKAGE + "models/stack.py",
+          "(*block.modules(), *after)", "block.modules()", _STACK),
+    Fault("blocks: rows left out under an attention that knows nothing of it", _PACKAGE + "models/stack.py",
+          " and type(block.attention) is Attention", "", _STACK),
     Fault("linear: lower tiles multiply the upper rows", _CPU + "amx.h",
           "lower_a = a + kSide * a_stride", "lower_a = a", _LINEAR_TILES, "amx_bf16"),
     Fault("activations: GELU's tail on the wrong side", _CPU + "activations.h",

@@ -1,4 +1,4 @@
-"""Linear layers of a built model by kernels of ours, with weights that are laid out once, for inference on a CPU.
+"""Linear layers of a built model by kernels of ours on a CPU, in inference with weights that are laid out once.
 
 Beside fused attention, a model's time on a CPU is in its linear layers. PyTorch multiplies with weights as they lie and
 goes over the result again for what follows. Here a weight is laid out as the kernel reads it, and bias, activation,
@@ -218,9 +218,9 @@ class PackedProduct:
     of two) is met in a process, it is timed both ways, which takes at most five of either. A weight is laid out at its
     first use by a kind that is quicker so, and again when it changed.
 
-    Where gradients are asked for, under autocast, a compiler, a tracer, transforms or modes, on other devices, in
-    float64, and for weights below 2**14 elements, it is that function itself, and the laid-out weight is dropped:
-    training may change weights in ways that are not counted.
+    Where gradients are asked for it multiplies as training.py does. Under autocast, a compiler, a tracer, transforms or
+    modes, on other devices, in float64, and for weights below 2**14 elements, it is that function itself. In all of
+    these cases the laid-out weight is dropped: training may change weights in ways that are not counted.
     """
 
     takes_what_follows = True  # the activation and the residual, see transformer_fast/linear.py
@@ -346,7 +346,7 @@ def _mixins() -> dict[Any, Any]:
 
 
 def pack_linears(model: _Module) -> _Module:
-    """Let a built model multiply with weights that are laid out for it, in inference on a CPU.
+    """Let a built model multiply by kernels of ours on a CPU, in inference with weights that are laid out for them.
 
     Every ``nn.Linear`` multiplies by a :class:`PackedProduct`; so do the layers ``Conv1D`` of transformers' GPT-2, and
     the products of this library's own models. The modules stay the same objects, with the same parameters; subclasses
@@ -359,7 +359,8 @@ def pack_linears(model: _Module) -> _Module:
     A weight is laid out when it is first multiplied without gradients (under ``torch.no_grad()`` or
     ``torch.inference_mode()``) by a product that is quicker so, which takes its size in memory once more; again after
     ``load_state_dict``, ``.to()``, an operation in place or anything else that PyTorch counts; and again after a
-    product with gradients. While a weight has a ``grad`` it is multiplied as it lies. What writes through
+    product with gradients. While a weight has a ``grad`` it is multiplied as it lies. With gradients, in float32,
+    weights are laid out in passing, a few MiB at a time, forward and backward. What writes through
     ``weight.data``, as some adapters do when they are merged, or through collective operations, PyTorch does not
     count: call this function again after that.
 

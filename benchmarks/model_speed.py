@@ -110,13 +110,18 @@ def encoder_cases(theirs: Any) -> Iterator[Case]:
     yield Case(name, lambda ours: lambda: ours.encode(ids, mask), lambda: theirs(ids, attention_mask=mask), results)
 
 
+def next_token_logits(model: Any, ids: Tensor, mask: Tensor | None = None, **how: Any) -> Tensor:
+    """Ours: what is timed. Theirs: the last ones of ``forward``, without padding."""
+    if hasattr(model, "next_token_logits"):
+        found: Tensor = model.next_token_logits(ids, mask, **how)
+        return found
+    rows = ids if mask is None else [row[keep] for row, keep in zip(ids, mask.bool(), strict=True)]
+    return torch.cat([model(row[None], logits_to_keep=1, use_cache=False).logits[:, -1] for row in rows])
+
+
 def decoder_cases(theirs: Any) -> Iterator[Case]:
     """Reading a prompt, one token after another, and a batch of unequal prompts."""
     ids = torch.randint(5, 49000, (1, 2048))
-
-    def results(model: Any) -> Tensor:
-        found: Tensor = model(input_ids=ids[:, :256]).logits[:, -1]
-        return found
 
     def reading(seqlen: int) -> Case:
         prompt = ids[:, :seqlen]
@@ -124,7 +129,7 @@ def decoder_cases(theirs: Any) -> Iterator[Case]:
             f"SmolLM2-135M-sized decoder, prompt of {seqlen}",
             lambda ours: lambda: ours.next_token_logits(prompt),
             lambda: theirs(prompt, logits_to_keep=1, use_cache=False),
-            results,
+            lambda model: next_token_logits(model, prompt[:, :256]),
         )
 
     yield reading(512)
@@ -136,12 +141,20 @@ def decoder_cases(theirs: Any) -> Iterator[Case]:
         ours.next_token_logits(ids, cache=cache)
         return lambda: ours.next_token_logits(token, cache=cache)
 
+    def logits_after_a_prompt(model: Any) -> Tensor:
+        prompt = ids[:, :256]
+        if not hasattr(model, "next_token_logits"):
+            return next_token_logits(model, torch.cat((prompt, token), dim=1))
+        cache = model.new_cache(1, 512)
+        next_token_logits(model, prompt, cache=cache)
+        return next_token_logits(model, token, cache=cache)
+
     their_cache = theirs(ids, use_cache=True, logits_to_keep=1).past_key_values
     yield Case(
         "the same, one token after 2048",
         after_a_prompt,
         lambda: theirs(token, past_key_values=their_cache, use_cache=True),
-        results,
+        logits_after_a_prompt,
     )
     lengths = torch.tensor([128, 40, 90, 17, 64, 110, 30, 77])
     mask = (torch.arange(128) >= 128 - lengths[:, None]).long()
@@ -151,7 +164,7 @@ def decoder_cases(theirs: Any) -> Iterator[Case]:
         "the same, 16 tokens after 8 unequal prompts",
         lambda ours: lambda: ours.generate(prompts, **how),
         lambda: theirs.generate(prompts, do_sample=False, **how),
-        results,
+        lambda model: next_token_logits(model, prompts, mask),
     )
 
 

@@ -159,6 +159,27 @@ def test_vmap_says_what_it_cannot(call: Callable[..., Any], says: str) -> None:
 
 
 @each_backend
+def test_many_gradients_at_once(backend: str) -> None:
+    """``is_grads_batched=True``, as ``jacobian(vectorize=True)`` asks."""
+    leaves = [torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3)]
+    out, lse = attention(*leaves, causal=True, return_lse=True, backend=backend)
+    dout, dlse = torch.randn(SIZE, *out.shape), torch.randn(SIZE, *lse.shape)
+    for results, grads in (([out], [dout]), ([lse], [dlse]), ([out, lse], [dout, dlse])):
+        inputs = leaves[:2] if results[0] is lse else leaves  # lse does not know the value
+        found = torch.autograd.grad(results, inputs, grads, is_grads_batched=True, retain_graph=True)
+        for i in range(SIZE):
+            each = torch.autograd.grad(results, inputs, [g[i] for g in grads], retain_graph=True)
+            for many, one in zip(found, each, strict=True):
+                torch.testing.assert_close(many[i], one)
+
+
+def test_a_gradient_of_zeros_without_memory() -> None:
+    query = torch.randn(1, 2, 5, 8, requires_grad=True)
+    attention(query, query, query).backward(torch._efficientzerotensor((1, 2, 5, 8)))
+    assert query.grad is not None and torch.equal(query.grad, torch.zeros_like(query))
+
+
+@each_backend
 def test_func_grad(backend: str, seed: int) -> None:
     """torch.func.grad is autograd."""
     case = VARIANTS["sinks"]

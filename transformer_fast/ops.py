@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _get_tracing_state, _is_any_autocast_enabled, _len_torch_dispatch_stack
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Parameter
@@ -104,7 +104,8 @@ class _Attention(torch.autograd.Function):
         needs = [layout is not None and next(given) for layout in spec.layouts]
         if dout is None:
             dout = torch.zeros_like(results.out)
-        if torch.is_grad_enabled():  # create_graph=True: whoever differentiates again must hear that it cannot be
+        # create_graph=True: whoever differentiates again must hear that it cannot be. is_grads_batched=True: many.
+        if torch.is_grad_enabled() or any(g is not None and is_legacy_batchedtensor(g) for g in (dout, dlse)):
             grads = _differentiable_backward(runner, operands, results, dout, dlse, (needs[_BIAS], needs[_SINKS]))
         else:
             # Asked again: saved-tensor hooks may have given the operands other strides than forward saw.
@@ -162,9 +163,14 @@ def is_plain_inference(*tensors: Tensor | None) -> bool:
             continue
         if type(tensor) not in (Tensor, Parameter) or not tensor.is_cpu or tensor.layout is not torch.strided:
             return False
-        if (differentiates and tensor.requires_grad) or tensor.is_neg():
+        if (differentiates and tensor.requires_grad) or tensor.is_neg() or _has_no_memory(tensor):
             return False
     return True
+
+
+def _has_no_memory(tensor: Tensor) -> bool:
+    """Is this a gradient of zeros that nobody wrote, or many gradients that pass for one (is_grads_batched=True)?"""
+    return tensor._is_zerotensor() or is_legacy_batchedtensor(tensor)
 
 
 def _is_traced(operands: Operands, options: Options, tensors: Sequence[Any], order: Order) -> bool:

@@ -135,6 +135,68 @@ def test_saved_tensors_pass_the_hooks() -> None:
     assert seen == [(5, IN), (OUT, IN)]
 
 
+@pytest.mark.parametrize("frozen", ["x", "weight", None])
+def test_nothing_is_kept_that_no_gradient_needs(frozen: str | None) -> None:
+    module, x, seen = pack_linears(layer()), rows(5), []
+    if frozen is not None:
+        (x if frozen == "x" else module.weight).requires_grad_(False)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(tuple(t.shape)) or t, lambda t: t):
+        module(x)
+    kept = {"x": [(5, IN)], "weight": [(OUT, IN)], None: [(5, IN), (OUT, IN)]}
+    assert seen == kept[frozen]
+
+
+@pytest.mark.parametrize("change", [lambda t: t.bfloat16(), lambda t: t[:-1].clone()], ids=["type", "size"])
+def test_hooks_that_give_back_something_else(change: Callable[[Tensor], Tensor]) -> None:
+    """Are PyTorch's to complain about."""
+    module, x = pack_linears(layer()), rows(5)
+    with torch.autograd.graph.saved_tensors_hooks(change, lambda t: t):
+        y = module(x)
+    with pytest.raises(RuntimeError):
+        y.sum().backward()
+
+
+def test_many_gradients_at_once(products: list[Any]) -> None:
+    module, x, dy = pack_linears(layer()), rows(5), torch.randn(3, 5, OUT)
+    y = module(x)
+    inputs = (x, module.weight, module.bias)
+    found = torch.autograd.grad(y, inputs, dy, is_grads_batched=True, retain_graph=True)
+    assert len(products) == 1
+    for i in range(3):
+        for many, one in zip(found, torch.autograd.grad(y, inputs, dy[i], retain_graph=True), strict=True):
+            torch.testing.assert_close(many[i], one)
+    jacobian = torch.autograd.functional.jacobian(module, rows(2), vectorize=True)
+    torch.testing.assert_close(jacobian[1, :, 1], module.weight.detach())
+
+
+def test_a_gradient_of_zeros_without_memory(products: list[Any]) -> None:
+    module, x = pack_linears(layer()), rows(5)
+    module(x).backward(torch._efficientzerotensor((5, OUT)))
+    assert torch.equal(x.grad, torch.zeros(5, IN))
+    assert len(products) == 1
+
+
+def test_a_result_is_no_view() -> None:
+    module = pack_linears(layer())
+    for x in (rows(5), rows(2, 3)):
+        y = module(x)
+        assert not y._is_view()
+        y.mul_(2.0)
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        torch.testing.assert_close(dx, (2.0 * module.weight.detach().sum(0)).expand_as(x))
+
+
+def test_bits_that_must_be_the_same_tomorrow_in_backward_alone(products: list[Any]) -> None:
+    module, x = pack_linears(layer()), rows(5)
+    y = module(x)
+    torch.use_deterministic_algorithms(True)
+    try:
+        y.sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(products) == 1
+
+
 @pytest.mark.parametrize("how", ["deterministic", "autocast", "transformed", "forward mode", "float64", "tracer"])
 def test_where_it_is_pytorchs(how: str, products: list[Any]) -> None:
     module, x = pack_linears(layer()), rows(5)

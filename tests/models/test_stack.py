@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dropin.promised import PROMISED
+from torch.utils.checkpoint import checkpoint
 
 from transformer_fast.dropin import linears
 from transformer_fast.models import Architecture, CausalLM, EncoderModel, ModelConfig, TokenLayout
@@ -334,7 +335,7 @@ def test_the_last_block_computes_the_last_rows_alone(changes, packs, cached, row
             assert (found - expected).abs().max() <= PROMISED * expected.abs().max()
 
 
-@pytest.mark.parametrize("place", ["blocks.1", "blocks.1.mlp.down", "blocks.1.mlp_norm", "final_norm"])
+@pytest.mark.parametrize("place", ["blocks.1", "blocks.1.mlp.down", "blocks.1.mlp_norm", "final_norm", "final_dropout"])
 @torch.no_grad()
 def test_who_listens_to_the_last_block_hears_all_rows(place, rows_of_mlps):
     model, ids, heard = small_decoder(), torch.randint(50, (2, 7)), []
@@ -344,10 +345,53 @@ def test_who_listens_to_the_last_block_hears_all_rows(place, rows_of_mlps):
     assert heard == [14]
     assert (found - expected).abs().max() <= PROMISED * expected.abs().max()
     hook.remove()
+    model.decoder.get_submodule(place).register_full_backward_hook(lambda *_: None)
     rows_of_mlps.clear()
-    model.decoder.blocks[1].attention = Wrapped(model.decoder.blocks[1].attention)  # which knows nothing of rows
     model.next_token_logits(ids)
     assert rows_of_mlps == [14, 14]
+
+
+@pytest.mark.parametrize("part", ["attention", "mlp"])
+@torch.no_grad()
+def test_a_part_put_into_the_last_block_gets_all_rows(part, rows_of_mlps):
+    """It may look at more than its own row."""
+    model, ids = small_decoder(), torch.randint(50, (2, 7))
+    setattr(model.decoder.blocks[1], part, Wrapped(getattr(model.decoder.blocks[1], part)))
+    expected = model(ids).logits[:, -1]
+    rows_of_mlps.clear()
+    found = model.next_token_logits(ids)
+    assert rows_of_mlps == [14, 14]
+    assert (found - expected).abs().max() <= PROMISED * expected.abs().max()
+
+
+@torch.no_grad()
+def test_blocks_that_are_one(rows_of_mlps):
+    """As in ALBERT: only its last use leaves rows out."""
+    model, ids = small_decoder(), torch.randint(50, (2, 7))
+    model.decoder.blocks[0] = model.decoder.blocks[1]
+    expected = model(ids).logits[:, -1]
+    rows_of_mlps.clear()
+    found = model.next_token_logits(ids)
+    assert rows_of_mlps == [14, 2]
+    assert (found - expected).abs().max() <= PROMISED * expected.abs().max()
+
+
+class Checkpointed(torch.nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, *inputs):
+        return checkpoint(self.block, *inputs, use_reentrant=False)
+
+
+def test_a_checkpoint_of_an_earlier_block_computes_all_rows_again():
+    model, ids = small_decoder(), torch.randint(50, (2, 7))
+    wanted = model.decoder.blocks[0].mlp.down.weight
+    (expected,) = torch.autograd.grad(model(ids).logits[:, -1].square().sum(), wanted)
+    model.decoder.blocks[0] = Checkpointed(model.decoder.blocks[0])
+    (found,) = torch.autograd.grad(model.next_token_logits(ids).square().sum(), wanted)
+    assert (found - expected).abs().max() <= PROMISED * expected.abs().max()
 
 
 class Path(torch.nn.Module):

@@ -38,7 +38,7 @@ _LINEAR_TILES = _selection("test_linear", "amx_bf16 and bfloat16")
 _PACKED = _selection("dropin/test_linears", "not compiled and not models and not tracing")
 _ROTARY = _selection("dropin/test_pointwise", "rotary or angles or rotation or gates or dense")
 _TRAINING = _selection("dropin/test_training", "not compiler")
-_STACK = _selection("models/test_stack", "hooks or parts or last")
+_STACK = _selection("models/test_stack", "hooks or part or last or checkpoint")
 _CACHE = _selection("models/test_stack models/test_cache", "padded or shorter")
 _THREADS = _selection("test_cpu_native", "same_bits and float32")
 _DATA = _selection("test_arguments", "data_out_of_range")
@@ -190,13 +190,21 @@ LINEAR = [
           "reinterpret_cast<const float*>(weight) + first * w.out_stride;", "reinterpret_cast<const float*>(weight);",
           _LINEAR),
     Fault("training: a gradient that is differentiated again is a constant", _PACKAGE + "dropin/training.py",
-          "if not is_plain_inference(a, b, bias) or not _quickly", "if not _quickly", _TRAINING),
+          "is_plain_inference(a, b, bias)\n        and", "", _TRAINING),
     Fault("training: other bits tomorrow though the same were asked for", _PACKAGE + "dropin/training.py",
           "and not torch.are_deterministic_algorithms_enabled()", "", _TRAINING),
     Fault("training: the gradient of a weight by columns in another order", _PACKAGE + "dropin/training.py",
           "by_columns = weight.stride(0) == 1 != weight.stride(1)", "by_columns = False", _TRAINING),
+    Fault("training: the rows kept though no gradient needs them", _PACKAGE + "dropin/training.py",
+          "x if needs_weight else None,", "x,", _TRAINING),
+    Fault("training: saved tensors taken for what was saved", _PACKAGE + "dropin/training.py",
+          "and a.dtype is b.dtype is torch.float32\n", "\n", _TRAINING),
+    Fault("training: many gradients at once taken for one", _PACKAGE + "ops.py",
+          "tensor._is_zerotensor() or is_legacy_batchedtensor(tensor)", "tensor._is_zerotensor()", _TRAINING),
     Fault("blocks: who listens to the final norm hears the last rows alone", _PACKAGE + "models/stack.py",
-          "(*block.modules(), *after)", "block.modules()", _STACK),
+          "(self.final_norm, self.final_dropout)", "(self.final_dropout,)", _STACK),
+    Fault("blocks: one context for all, with the last one's rows", _PACKAGE + "models/stack.py",
+          "contexts[-1] = replace(context, last_only=True)", "context.last_only = True", _STACK),
     Fault("blocks: rows left out under an attention that knows nothing of it", _PACKAGE + "models/stack.py",
           " and type(block.attention) is Attention", "", _STACK),
     Fault("linear: lower tiles multiply the upper rows", _CPU + "amx.h",
@@ -322,7 +330,7 @@ PYTHON = [
     Fault("ops: dbias never asked for", _PACKAGE + "ops.py",
           "dbias=needs[_BIAS], dsinks=needs[_SINKS])", "dbias=False, dsinks=needs[_SINKS])", _KERNEL),
     Fault("ops: a second derivative is a constant", _PACKAGE + "ops.py",
-          "if torch.is_grad_enabled():  # create_graph", "if False:  # create_graph", _OPS),
+          "if torch.is_grad_enabled() or any(", "if any(", _OPS),
     Fault("ops: what backward needs may be overwritten", _PACKAGE + "ops.py",
           "ctx.save_for_backward(*tensors, *results)",
           "ctx.save_for_backward(*[t.data for t in tensors], *results)",

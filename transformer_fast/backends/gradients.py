@@ -20,6 +20,8 @@ def backward_inputs(
     if out.stride() != out_stride or out.dtype != dtype:
         out = torch.empty_strided(out.shape, out_stride, dtype=dtype, device=out.device).copy_(out)
     dout = dout.to(dtype).resolve_neg()
+    if dout._is_zerotensor():  # which has no memory
+        dout = dout.clone()
     if dout.stride(-1) != 1 and dout.shape[-1] > 1:  # expanded, from out.sum() for one
         dout = dout.contiguous()
     lse, stats = _numbers(lse), _numbers(stats)

@@ -7,7 +7,7 @@ third, on an Intel Xeon not at all), so each kind of product is timed both ways 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear``; in float32 with gradients on a CPU, by whichever product is quicker."""
     if not torch.is_grad_enabled() or is_watched() or not _is_ours(x, weight, bias):
         return F.linear(x, weight, bias)
-    out: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
-    return out.view(*x.shape[:-1], -1)
+    if x.dim() == 2:
+        return cast(Tensor, _Linear.apply(x, weight, bias))
+    out = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+    # No view, as PyTorch's result is none.
+    return cast(Tensor, torch.ops.aten._unsafe_view(out, (*x.shape[:-1], len(weight))))
 
 
 def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -46,7 +49,6 @@ def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
             and x.shape[-1] == weight.shape[1]
             and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
             and x.numel() * len(weight) >= _LEAST
-            and not torch.are_deterministic_algorithms_enabled()  # what is quicker may be another one tomorrow
         )
 
 
@@ -55,7 +57,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+        ctx.by_columns = weight.stride(0) == 1 != weight.stride(1)
         return _product(x, weight.t(), bias)
 
     @staticmethod
@@ -66,16 +70,21 @@ class _Linear(torch.autograd.Function):
         if needs_x:
             dx = _product(dy, weight)
         if needs_weight:  # in the weight's own order, which is by columns in GPT-2
-            by_columns = weight.stride(0) == 1 != weight.stride(1)
-            dweight = _product(x.t(), dy).t() if by_columns else _product(dy.t(), x)
+            dweight = _product(x.t(), dy).t() if ctx.by_columns else _product(dy.t(), x)
         return dx, dweight, dy.sum(0) if needs_bias else None
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``a @ b + bias`` of matrices, by whichever is quicker."""
-    if not is_plain_inference(a, b, bias) or not _quickly(a, b, bias):
-        return _by_torch(a, b, bias)
-    return _by_us(a, b, bias)
+    """``a @ b + bias`` of matrices, by whichever is quicker. Saved-tensor hooks may have made them anything."""
+    is_ours = (
+        is_plain_inference(a, b, bias)
+        and a.dtype is b.dtype is torch.float32
+        and a.dim() == b.dim() == 2
+        and a.shape[1] == b.shape[0]
+        and a.numel() * b.shape[1] > 0
+        and not torch.are_deterministic_algorithms_enabled()  # what is quicker may be another one tomorrow
+    )
+    return _by_us(a, b, bias) if is_ours and _quickly(a, b, bias) else _by_torch(a, b, bias)
 
 
 def _by_torch(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -113,22 +114,26 @@ class Stack(nn.Module):
         if self.relative is not None:
             keys = layout.seqlen if context.cache is None else context.cache.max_seqlen
             context.bias = self.relative(layout.grid_positions, keys)
-        narrowed = self.blocks[-1] if last_only and layout.seqlen > 1 and self._may_narrow() else None
-        for block in self.blocks:
+        contexts, narrows = [context] * len(self.blocks), last_only and layout.seqlen > 1 and self._may_narrow()
+        if narrows:  # a context of its own: checkpoints of other blocks may read theirs again, later
+            contexts[-1] = replace(context, last_only=True)
+        for block, its_own in zip(self.blocks, contexts, strict=True):
             if states is not None:
                 states.append(x)
-            context.last_only = block is narrowed
-            x = block(x, context)
+            x = block(x, its_own)
         if states is not None:
             states.append(x)
         x = self.final_dropout(x if self.final_norm is None else self.final_norm(x))
-        return layout.last_rows(x) if last_only and narrowed is None else x
+        return layout.last_rows(x) if last_only and not narrows else x
 
     def _may_narrow(self) -> bool:
         """May the last block leave out rows? Not where somebody listens from there on, or it is not as it was built."""
-        block, after = self.blocks[-1], () if self.final_norm is None else (self.final_norm,)
-        is_own = type(block) is Block and block.cross is None and type(block.attention) is Attention
-        return is_own and not any(map(is_heard, (*block.modules(), *after)))
+        block, after = self.blocks[-1], (self.final_norm, self.final_dropout)
+        if not (type(block) is Block and block.cross is None and type(block.attention) is Attention):
+            return False
+        modules = [*block.modules(), *(module for module in after if module is not None)]
+        watched = any(module._backward_hooks or module._backward_pre_hooks for module in modules)
+        return type(block.mlp) is MLP and not watched and not any(map(is_heard, modules))
 
     def check_length(self, length: int) -> None:
         """Refuse sequences longer than the position table."""

@@ -148,7 +148,8 @@ struct Linear {
     int64_t out_row;
 };
 
-// out = a b + bias in float32, with matrices as they lie. Strides are in elements: one of a's is 1; `out` is contiguous.
+// out = a b + bias in float32, with matrices as they lie. Strides are in elements: one of a's is 1; `out` is
+// contiguous.
 struct MatrixProduct {
     int64_t rows, depth, columns;
     const char* a;

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from dropin.promised import PROMISED
 from PIL import Image, ImageOps
 from tasks_hf import TEXTS, check_scores, save_pictures, save_speech, split, their_tokenizer, theirs, write_wave, zoo
 from torch import Tensor
@@ -30,7 +31,11 @@ def test_images_are_classified_as_by_the_pipeline(tmp_path: Path) -> None:
     run = transformers.pipeline("image-classification", model=theirs(folder), image_processor=processor)
     ours = tasks.classify_images(folder, pictures)
     check_scores(split(ours), lambda: split([[(e["label"], e["score"]) for e in run(p)] for p in pictures]), folder)
-    assert tasks.classify_images(folder, [Image.open(path) for path in pictures[1:]]) == ours[1:]
+    opened = tasks.classify_images(folder, [Image.open(path) for path in pictures[1:]])
+    for found, expected in zip(opened, ours[1:], strict=True):  # of another batch: the last bits may differ
+        assert [label.label for label in found] == [label.label for label in expected]
+        scores, others = (torch.tensor([label.score for label in labels]) for labels in (found, expected))
+        assert (scores - others).abs().max() <= PROMISED
 
 
 def test_sizes_that_preprocessors_name(tmp_path: Path) -> None:

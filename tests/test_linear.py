@@ -86,8 +86,9 @@ def assert_right(found: Tensor, given: dict[str, Any]) -> None:
     assert verdict.passed, verdict
 
 
-#: Rows, depth and columns: as above, more depth than is laid out at a time, and more columns.
-MATRICES = [(1, 1, 1), (3, 37, 5), (16, 64, 32), (100, 70, 130), (129, 40, 33), (5, 2100, 1500), (70, 1024, 1100)]
+#: Rows, depth and columns: as above, more depth than is laid out at a time (of few rows and of many), and more columns.
+MATRICES = [(1, 1, 1), (3, 37, 5), (16, 64, 32), (100, 70, 130), (129, 40, 33)]
+MATRICES += [(5, 2100, 1500), (40, 2100, 70), (70, 1024, 1100)]
 
 
 @each_isa

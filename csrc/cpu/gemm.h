@@ -57,11 +57,20 @@ constexpr int kMaxVectors = 2;
 constexpr int tile_rows_for(int vectors) { return vectors == 2 ? 6 : 8; }
 #endif
 
-template <class Product, Along kAlong, bool kAdd, int R, int V>
+// What is called before each tile of C and at every step of its depth, to prepare what follows while the product keeps
+// the processor busy.
+struct Nothing {
+    template <int R, int V>
+    TF_INLINE void tile(const float*, int64_t) {}
+    TF_INLINE void step() {}
+};
+
+template <class Product, Along kAlong, bool kAdd, int R, int V, class Meanwhile>
 TF_INLINE void micro_kernel(const char* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
-                            int64_t c_stride, int64_t depth) {
+                            int64_t c_stride, int64_t depth, Meanwhile& meanwhile) {
     const int64_t row_step = kAlong == Along::rows ? 4 : a_stride;
     const int64_t depth_step = kAlong == Along::rows ? a_stride : 4;
+    meanwhile.template tile<R, V>(c, c_stride);
     F sum[R * V];
     unroll<R * V>([&](auto i) TF_INLINE_LAMBDA { sum[i] = zero(); });
     for (int64_t k = 0; k < depth; ++k) {
@@ -75,6 +84,7 @@ TF_INLINE void micro_kernel(const char* a, int64_t a_stride, const float* b, int
         });
         a += depth_step;
         b += b_stride;
+        meanwhile.step();
     }
     // C joins at the end: a long sum made of short sums keeps its accuracy.
     unroll<R * V>([&](auto i) TF_INLINE_LAMBDA {
@@ -84,17 +94,17 @@ TF_INLINE void micro_kernel(const char* a, int64_t a_stride, const float* b, int
 }
 
 // All rows, R at a time, the rest in halves of it.
-template <class Product, Along kAlong, bool kAdd, int R, int V>
+template <class Product, Along kAlong, bool kAdd, int R, int V, class Meanwhile>
 TF_INLINE void row_loop(const char* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride,
-                        int64_t rows, int64_t depth) {
+                        int64_t rows, int64_t depth, Meanwhile& meanwhile) {
     const int64_t row_step = kAlong == Along::rows ? 4 : a_stride;
     for (; rows >= R; rows -= R) {
-        micro_kernel<Product, kAlong, kAdd, R, V>(a, a_stride, b, b_stride, c, c_stride, depth);
+        micro_kernel<Product, kAlong, kAdd, R, V>(a, a_stride, b, b_stride, c, c_stride, depth, meanwhile);
         a += R * row_step;
         c += R * c_stride;
     }
     if constexpr (R > 1) {
-        row_loop<Product, kAlong, kAdd, R / 2, V>(a, a_stride, b, b_stride, c, c_stride, rows, depth);
+        row_loop<Product, kAlong, kAdd, R / 2, V>(a, a_stride, b, b_stride, c, c_stride, rows, depth, meanwhile);
     }
 }
 
@@ -102,6 +112,7 @@ TF_INLINE void row_loop(const char* a, int64_t a_stride, const float* b, int64_t
 template <class Product, Along kAlong, bool kAdd>
 __attribute__((noinline)) void gemm(const void* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
                                     int64_t c_stride, int64_t rows, int64_t vectors, int64_t depth) {
+    Nothing meanwhile;
     const char* a_bytes = static_cast<const char*>(a);
     for (; vectors > 0; vectors -= kMaxVectors, b += kMaxVectors * kLanes, c += kMaxVectors * kLanes) {
         unroll<kMaxVectors>([&](auto less_one) TF_INLINE_LAMBDA {
@@ -115,7 +126,7 @@ __attribute__((noinline)) void gemm(const void* a, int64_t a_stride, const float
             }
 #endif
             row_loop<Product, kAlong, kAdd, tile_rows_for(V), V>(a_bytes, a_stride, b, b_stride, c, c_stride, rows,
-                                                                 depth);
+                                                                 depth, meanwhile);
         });
     }
 }

@@ -19,7 +19,7 @@ constexpr int64_t kGroup = 8;  // panels whose sums wait for each other, so that
 // cache; tiles come from the level-2 cache as quickly as they are multiplied, and every block of depth costs the sums'
 // way there and back.
 struct VectorBlocks {
-    static constexpr int64_t kRowBlock = 64, kDepthBlock = 128;
+    static constexpr int64_t kRowBlock = 64, kDepthBlock = 192;
 };
 struct TileBlocks {
     static constexpr int64_t kRowBlock = 128, kDepthBlock = 1024;
@@ -95,23 +95,52 @@ void lay_out_panel(const LinearWeight& w, const char* weight, int64_t first, cha
     }
 }
 
-template <class Product, bool kAdd>
-TF_INLINE void multiply(const char* a, int64_t a_stride, const float* b, float* c, int64_t c_stride, int64_t rows,
-                        int64_t depth) {
+// From so many rows of x on a product takes longer than the fetching of its panel, and can hide it.
+constexpr int64_t kManyRows = 32;
+
+// Fetches what the next product needs, a little at each step of this one, where the processor's own fetching does not:
+// it stops at the end of a page, which is a panel's next 32 rows.
+template <class P>
+struct FetchAhead {
+    const char* rows;  // of the panel, that come next: all of them while this product has a whole block of rows of x
+    bool results;      // are the sums the results themselves? Then the next panel's are beside them
+    template <int R, int V>
+    TF_INLINE void tile(const float* c, int64_t c_stride) {
+        if (!results) return;
+        unroll<R * V>([&](auto i)
+                          TF_INLINE_LAMBDA { __builtin_prefetch(c + (i / V) * c_stride + kPanel + (i % V) * kLanes); });
+    }
+    TF_INLINE void step() {
+        __builtin_prefetch(rows);
+        rows += kPanel * P::kElement * tile_rows_for(kPanelVectors) / P::kRowBlock;
+    }
+};
+
+template <class P, bool kAdd, class Meanwhile>
+__attribute__((noinline)) void multiply(const char* a, int64_t a_stride, const float* b, float* c, int64_t c_stride,
+                                        int64_t rows, int64_t depth, Meanwhile meanwhile) {
+    using Product = typename P::Product;
 #if defined(__AMX_BF16__)
     if constexpr (std::is_same_v<Product, Bf16PairProduct>) {
         const int64_t whole = rows / (2 * kSide) * (2 * kSide);
         if (whole > 0) tile_squares<kAdd>(a, a_stride, b, kPanel, c, c_stride, whole, depth);
-        if (whole == rows) return;
-        a += whole * a_stride, c += whole * c_stride, rows -= whole;
+        a += whole * a_stride, c += whole * c_stride;
+        return tile_rows<kAdd, kPanelVectors>(a, a_stride, b, kPanel, c, c_stride, rows - whole, depth);
     }
 #endif
-    gemm<Product, Along::depth, kAdd>(a, a_stride, b, kPanel, c, c_stride, rows, kPanelVectors, depth);
+    row_loop<Product, Along::depth, kAdd, tile_rows_for(kPanelVectors), kPanelVectors>(
+        a, a_stride, b, kPanel, c, c_stride, rows, depth, meanwhile);
 }
+
+// Sums of one panel, of rows that are so far apart.
+struct Sums {
+    float* first;
+    int64_t row;
+};
 
 // sums[r][0, kPanel) = row r of `a` times one panel.
 template <DType kType>
-void multiply_panel(const char* a, int64_t a_stride, const char* panel, float* sums, int64_t rows, int64_t depth,
+void multiply_panel(const char* a, int64_t a_stride, const char* panel, Sums sums, int64_t rows, int64_t depth,
                     float* wide) {
     using P = LinearProduct<kType>;
     for (int64_t k = 0; k < depth; k += P::kDepthBlock) {
@@ -119,10 +148,17 @@ void multiply_panel(const char* a, int64_t a_stride, const char* panel, float* s
         const char* block = panel + k * kPanel * P::kElement;
         if constexpr (P::kWiden) load_row<kType>(block, some * kPanel, wide, some * kPanel);
         const float* b = P::kWiden ? wide : reinterpret_cast<const float*>(block);
-        if (k == 0) {
-            multiply<typename P::Product, false>(a, a_stride, b, sums, kPanel, rows, some);
+        const auto multiply_block = [&](auto meanwhile) {
+            if (k == 0) {
+                multiply<P, false>(a, a_stride, b, sums.first, sums.row, rows, some, meanwhile);
+            } else {
+                multiply<P, true>(a + k * 4, a_stride, b, sums.first, sums.row, rows, some, meanwhile);
+            }
+        };
+        if (rows < kManyRows) {
+            multiply_block(Nothing{});
         } else {
-            multiply<typename P::Product, true>(a + k * 4, a_stride, b, sums, kPanel, rows, some);
+            multiply_block(FetchAhead<P>{block + some * kPanel * P::kElement, k == 0 && sums.row != kPanel});
         }
     }
 }
@@ -139,18 +175,18 @@ TF_INLINE F activate(F x) {
 // What follows the product, for columns [first, first + columns) of rows whose sums are at hand: a panel's, a gated
 // one's value's, the next panel's, and so on.
 template <DType kType, Linear::Activation kActivation, bool kGated>
-void finish(const Linear& p, int64_t first_row, int64_t rows, int64_t first, int64_t columns, const float* sums) {
+void finish(const Linear& p, int64_t first_row, int64_t rows, int64_t first, int64_t columns, Sums sums) {
     constexpr int64_t kSize = size_of(kType);
     constexpr bool kCoarse = kType == DType::bf16;
     const int64_t panel = rows * kPanel;
     const auto bias_at = [&](const char* bias, int64_t i, auto count) TF_INLINE_LAMBDA {
         return bias == nullptr ? zero() : load_some<kType>(bias + (first + i) * kSize, count);
     };
-    for (int64_t r = 0; r < rows; ++r, sums += kPanel) {
+    for (int64_t r = 0; r < rows; ++r, sums.first += sums.row) {
         const char* residual = p.residual + ((first_row + r) * p.residual_row + first) * kSize;
         char* out = p.out + ((first_row + r) * p.out_row + first) * kSize;
         for_each_vector(columns, [&](int64_t i, auto count) TF_INLINE_LAMBDA {
-            const float* sum = sums + i / kPanel * panel * (kGated ? 2 : 1) + i % kPanel;
+            const float* sum = sums.first + i / kPanel * panel * (kGated ? 2 : 1) + i % kPanel;
             F x = activate<kActivation, kCoarse>(load(sum) + bias_at(p.bias, i, count));
             if constexpr (kGated) x *= load(sum + panel) + bias_at(p.value_bias, i, count);
             if (p.residual) x += load_some<kType>(residual + i * kSize, count);
@@ -160,7 +196,7 @@ void finish(const Linear& p, int64_t first_row, int64_t rows, int64_t first, int
 }
 
 template <DType kType, bool kGated>
-void finish(const Linear& p, int64_t first_row, int64_t rows, int64_t first, int64_t columns, const float* sums) {
+void finish(const Linear& p, int64_t first_row, int64_t rows, int64_t first, int64_t columns, Sums sums) {
     switch (p.activation) {
         case Linear::none:
             return finish<kType, Linear::none, kGated>(p, first_row, rows, first, columns, sums);
@@ -225,17 +261,30 @@ void linear_of(const Linear& p, int64_t first_row, int64_t last_row, int64_t fir
         copy_rows<kType>(p, first_row, rows, workspace.rows);
         a = workspace.rows, a_stride = depth * 4;
     }
+    if constexpr (kType == DType::f32) {
+        // Whole panels are summed where they go, if nothing lies there that is still wanted.
+        const bool in_place = rows >= kManyRows && !p.gated && p.residual != p.out;
+        for (; in_place && first_panel < min_of(last_panel, p.out_features / kPanel); ++first_panel) {
+            const int64_t first = first_panel * kPanel;
+            const Sums sums{reinterpret_cast<float*>(p.out) + first_row * p.out_row + first, p.out_row};
+            multiply_panel<kType>(a, a_stride, p.laid_out + first_panel * bytes, sums, rows, depth, workspace.wide);
+            if (p.bias || p.residual || p.activation != Linear::none) {
+                finish<kType, false>(p, first_row, rows, first, kPanel, sums);
+            }
+        }
+    }
     for (int64_t n = first_panel; n < last_panel; n += kGroup / parts) {
         const int64_t end = min_of(n + kGroup / parts, last_panel);
         for (int64_t i = n * parts; i < end * parts; ++i) {
-            multiply_panel<kType>(a, a_stride, p.laid_out + i * bytes, workspace.sums + (i - n * parts) * rows * kPanel,
-                                  rows, depth, workspace.wide);
+            const Sums sums{workspace.sums + (i - n * parts) * rows * kPanel, kPanel};
+            multiply_panel<kType>(a, a_stride, p.laid_out + i * bytes, sums, rows, depth, workspace.wide);
         }
         const int64_t first = n * kPanel, columns = min_of(end * kPanel, p.out_features) - first;
+        const Sums sums{workspace.sums, kPanel};
         if (p.gated) {
-            finish<kType, true>(p, first_row, rows, first, columns, workspace.sums);
+            finish<kType, true>(p, first_row, rows, first, columns, sums);
         } else {
-            finish<kType, false>(p, first_row, rows, first, columns, workspace.sums);
+            finish<kType, false>(p, first_row, rows, first, columns, sums);
         }
     }
 }

@@ -159,7 +159,7 @@ TILES = [
 
 LINEAR = [
     Fault("linear: a block of depth replaces the ones before", _CPU + "linear.cpp",
-          "multiply<typename P::Product, true>(a + k * 4", "multiply<typename P::Product, false>(a + k * 4", _LINEAR),
+          "multiply<P, true>(a + k * 4", "multiply<P, false>(a + k * 4", _LINEAR),
     Fault("linear: what stands beside a weight taken to fill up a pair", _CPU + "linear.cpp",
           "n < w.out_features && i < w.in_features", "n < w.out_features", _LINEAR_TILES, "amx_bf16"),
     Fault("linear: a gate's value read where the gate is", _CPU + "linear.cpp",
@@ -180,6 +180,12 @@ LINEAR = [
           "p.in_features % LinearProduct<kType>::kPad != 0 || ", "", _LINEAR_TILES, "amx_bf16"),
     Fault("matrices: a part of the depth replaces the ones before", _HOST + "linear.cpp",
           "if (k > 0) {", "if (k < 0) {", _LINEAR),
+    Fault("matrices: a part of the depth summed where the ones before lie", _CPU + "linear.cpp",
+          " && p.residual != p.out", "", _LINEAR),
+    Fault("linear: what is left of a panel summed in place as a whole one", _CPU + "linear.cpp",
+          "p.out_features / kPanel)", "ceil_div(p.out_features, kPanel))", _LINEAR),
+    Fault("linear: nothing follows a product in place but a bias", _CPU + "linear.cpp",
+          "if (p.bias || p.residual || p.activation != Linear::none)", "if (p.bias)", _LINEAR),
     Fault("matrices: every part of the columns is the first", _HOST + "linear.cpp",
           "(k * p.b_row + n * p.b_column) * 4", "k * p.b_row * 4", _LINEAR),
     Fault("matrices: the first columns' bias", _HOST + "linear.cpp", "l.bias = p.bias + n * 4;", "l.bias = p.bias;",

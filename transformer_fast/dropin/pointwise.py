@@ -323,12 +323,11 @@ class _CrossEntropy(torch.autograd.Function):
         for (part, label), to in zip(_parts(logits, labels), dlogits.split(_chunk(logits)), strict=True):
             gradient = to if to.dtype == torch.float32 else torch.empty_like(to, dtype=torch.float32)
             torch.softmax(part.float(), -1, out=gradient)
-            counts = label != ctx.ignore_index
-            place = torch.where(counts, label, 0)[:, None]
-            gradient.scatter_add_(1, place, gradient.new_full(place.shape, -1.0))
-            gradient.mul_(dloss).masked_fill_(~counts[:, None], 0.0)  # 0 though dloss be infinite
+            place = label.where(label != ctx.ignore_index, 0)[:, None]
+            gradient.scatter_add_(1, place, gradient.new_full(place.shape, -1.0)).mul_(dloss)
             if gradient is not to:
                 to.copy_(gradient)
+        dlogits[labels == ctx.ignore_index] = 0  # though dloss be infinite
         return dlogits, None, None
 
 

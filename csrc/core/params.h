@@ -142,7 +142,7 @@ struct Linear {
     int64_t x_row, x_column;  // x_column is 1; or, of float32, x_row is
     const char* laid_out;
     const char *bias, *value_bias;  // null where there is none
-    const char* residual;           // null where there is none
+    const char* residual;           // null where there is none; `out` itself, or apart from it
     int64_t residual_row;
     char* out;
     int64_t out_row;

@@ -103,7 +103,7 @@ constexpr int64_t kManyRows = 32;
 template <class P>
 struct FetchAhead {
     const char* rows;  // of the panel, that come next: all of them while this product has a whole block of rows of x
-    bool results;      // are the sums the results themselves? Then the next panel's are beside them
+    bool results;      // is this the first to write sums in their place? The next panel's results are beside them
     template <int R, int V>
     TF_INLINE void tile(const float* c, int64_t c_stride) {
         if (!results) return;
@@ -158,7 +158,8 @@ void multiply_panel(const char* a, int64_t a_stride, const char* panel, Sums sum
         if (rows < kManyRows) {
             multiply_block(Nothing{});
         } else {
-            multiply_block(FetchAhead<P>{block + some * kPanel * P::kElement, k == 0 && sums.row != kPanel});
+            const bool in_place = sums.row != kPanel;
+            multiply_block(FetchAhead<P>{block + some * kPanel * P::kElement, k == 0 && in_place});
         }
     }
 }

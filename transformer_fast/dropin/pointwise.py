@@ -327,7 +327,8 @@ class _CrossEntropy(torch.autograd.Function):
             gradient.scatter_add_(1, place, gradient.new_full(place.shape, -1.0)).mul_(dloss)
             if gradient is not to:
                 to.copy_(gradient)
-        dlogits[labels == ctx.ignore_index] = 0  # though dloss be infinite
+        ignored = (labels == ctx.ignore_index).nonzero()[:, 0]
+        dlogits.index_fill_(0, ignored, 0.0)  # though dloss be infinite; a mask would go over all of them again
         return dlogits, None, None
 
 

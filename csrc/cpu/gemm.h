@@ -2,7 +2,7 @@
 //
 // A is read one element at a time and broadcast, so it may lie in memory as it is (K and V in place); B and C are
 // vectors. Forward and backward are seven calls of it with A along its rows or along its depth. An "element" is 32
-// bits: a float, or a pair of bf16 that one instruction multiplies and adds.
+// bits: a float, or a pair of bf16 that one instruction multiplies and adds. B may have 16 bits that become floats.
 #pragma once
 
 #include "amx.h"
@@ -19,12 +19,21 @@ enum class Along { depth, rows };
 struct Float32Product {
     static constexpr Along kByKeys = Along::rows;
     struct InUse {};
+    using Lane = float;
+    static TF_INLINE F lanes(const float* p) { return load(p); }
     static TF_INLINE F broadcast(const char* p) {
         float x;
         std::memcpy(&x, p, 4);
         return set1(x);
     }
     static TF_INLINE F multiply_add(F sum, F a, F b) { return a * b + sum; }
+};
+
+// B is of a type that has no product of its own, and is widened each time that it is read.
+template <DType kType>
+struct WideningProduct : Float32Product {
+    using Lane = uint16_t;
+    static TF_INLINE F lanes(const uint16_t* p) { return load_as_float<kType>(reinterpret_cast<const char*>(p)); }
 };
 
 #if defined(__AVX512BF16__)
@@ -36,6 +45,8 @@ struct Bf16PairProduct {
     static constexpr Along kByKeys = Along::rows;
     struct InUse {};
 #endif
+    using Lane = float;
+    static TF_INLINE F lanes(const float* p) { return load(p); }
     static TF_INLINE F broadcast(const char* p) {
         int32_t pair;
         std::memcpy(&pair, p, 4);
@@ -48,10 +59,10 @@ struct Bf16PairProduct {
 };
 #endif
 
-// Rows of C that one register tile holds beside V vectors: about 16 accumulators with 32 registers, 12 with 16.
+// Rows of C that one register tile holds beside V vectors: 16 or 24 accumulators with 32 registers, 12 with 16.
 #if defined(__AVX512F__)
 constexpr int kMaxVectors = 4;
-constexpr int tile_rows_for(int vectors) { return vectors >= 3 ? 4 : 8; }
+constexpr int tile_rows_for(int vectors) { return vectors == 4 ? 4 : 8; }
 #else
 constexpr int kMaxVectors = 2;
 constexpr int tile_rows_for(int vectors) { return vectors == 2 ? 6 : 8; }
@@ -66,8 +77,8 @@ struct Nothing {
 };
 
 template <class Product, Along kAlong, bool kAdd, int R, int V, class Meanwhile>
-TF_INLINE void micro_kernel(const char* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
-                            int64_t c_stride, int64_t depth, Meanwhile& meanwhile) {
+TF_INLINE void micro_kernel(const char* a, int64_t a_stride, const typename Product::Lane* b, int64_t b_stride,
+                            float* c, int64_t c_stride, int64_t depth, Meanwhile& meanwhile) {
     const int64_t row_step = kAlong == Along::rows ? 4 : a_stride;
     const int64_t depth_step = kAlong == Along::rows ? a_stride : 4;
     meanwhile.template tile<R, V>(c, c_stride);
@@ -75,7 +86,7 @@ TF_INLINE void micro_kernel(const char* a, int64_t a_stride, const float* b, int
     unroll<R * V>([&](auto i) TF_INLINE_LAMBDA { sum[i] = zero(); });
     for (int64_t k = 0; k < depth; ++k) {
         F lanes[V];
-        unroll<V>([&](auto v) TF_INLINE_LAMBDA { lanes[v] = load(b + v * kLanes); });
+        unroll<V>([&](auto v) TF_INLINE_LAMBDA { lanes[v] = Product::lanes(b + v * kLanes); });
         unroll<R>([&](auto r) TF_INLINE_LAMBDA {
             const F element = Product::broadcast(a + r * row_step);
             unroll<V>([&](auto v) TF_INLINE_LAMBDA {
@@ -95,8 +106,8 @@ TF_INLINE void micro_kernel(const char* a, int64_t a_stride, const float* b, int
 
 // All rows, R at a time, the rest in halves of it.
 template <class Product, Along kAlong, bool kAdd, int R, int V, class Meanwhile>
-TF_INLINE void row_loop(const char* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride,
-                        int64_t rows, int64_t depth, Meanwhile& meanwhile) {
+TF_INLINE void row_loop(const char* a, int64_t a_stride, const typename Product::Lane* b, int64_t b_stride, float* c,
+                        int64_t c_stride, int64_t rows, int64_t depth, Meanwhile& meanwhile) {
     const int64_t row_step = kAlong == Along::rows ? 4 : a_stride;
     for (; rows >= R; rows -= R) {
         micro_kernel<Product, kAlong, kAdd, R, V>(a, a_stride, b, b_stride, c, c_stride, depth, meanwhile);

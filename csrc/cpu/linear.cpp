@@ -1,8 +1,9 @@
 // Linear layers for inference: gemm.h's product with weights that were laid out for it, and what follows the product
 // done before its sums leave the cache.
 //
-// A weight is cut into panels of two vectors of outputs, and a panel is rows of its inputs: 32-bit elements, floats or
-// pairs, as gemm.h wants them; types that have no product of their own keep their 16 bits and are widened in use.
+// A weight is cut into panels of two or three vectors of outputs, and a panel is rows of its inputs: 32-bit elements,
+// floats or pairs, as gemm.h wants them; types that have no product of their own keep their 16 bits and are widened in
+// use.
 #include "activations.h"
 #include "gemm.h"
 #include "kernels.h"
@@ -11,23 +12,36 @@ namespace tf {
 namespace TF_ISA {
 namespace {
 
-constexpr int kPanelVectors = 2;
-constexpr int64_t kPanel = kPanelVectors * kLanes;
 constexpr int64_t kGroup = 8;  // panels whose sums wait for each other, so that rows are written in longer runs
 
 // Rows of x that a task has, and rows of a panel that stay near while they pass. Vectors want the panel in the level-1
 // cache; tiles come from the level-2 cache as quickly as they are multiplied, and every block of depth costs the sums'
-// way there and back.
+// way there and back. Then a panel's vectors, the cache that its next rows are fetched into (3: level 1, 2: level 2),
+// and how far ahead if rows of x are few.
 struct VectorBlocks {
     static constexpr int64_t kRowBlock = 64, kDepthBlock = 192;
+#if defined(__AVX512F__) && (defined(__AMX_BF16__) || !defined(__AVX512BF16__))
+    // Intel's processors begin two products a cycle, and slow down where each needs more than half a load: of an Ice
+    // Lake's peak, panels of two vectors come to 87% and of three to 100%. For few rows its own fetching reaches 60% to
+    // 90% of the memory's speed. A Zen 4 is at its peak with two vectors, and loses by fetching for few rows. (Other
+    // Intel processors than that Ice Lake were not measured.)
+    static constexpr int kVectors = 3, kLocality = 2;
+    static constexpr int64_t kStreamedAhead = 4096;
+#else
+    static constexpr int kVectors = 2, kLocality = 3;
+    static constexpr int64_t kStreamedAhead = 0;
+#endif
 };
 struct TileBlocks {
     static constexpr int64_t kRowBlock = 128, kDepthBlock = 1024;
+    static constexpr int kVectors = 2, kLocality = 3;
+    static constexpr int64_t kStreamedAhead = 0;
 };
 
 template <DType kType>
 struct LinearProduct : VectorBlocks {
     using Product = Float32Product;
+    static constexpr int64_t kPanel = kVectors * kLanes;
     static constexpr bool kWiden = kType != DType::f32;
     static constexpr int64_t kStep = 1;  // inputs of a 32-bit element
     static constexpr int64_t kPad = 1;   // inputs are padded with zeros to a multiple
@@ -41,6 +55,7 @@ struct LinearProduct<DType::bf16> : TileBlocks {
 struct LinearProduct<DType::bf16> : VectorBlocks {
 #endif
     using Product = Bf16PairProduct;
+    static constexpr int64_t kPanel = kVectors * kLanes;
     static constexpr bool kWiden = false;
     static constexpr int64_t kStep = 2, kPad = 32, kElement = 4;
 };
@@ -54,7 +69,8 @@ constexpr int64_t panel_rows(int64_t in_features) {
 
 template <DType kType>
 constexpr int64_t panel_bytes(int64_t in_features) {
-    return round_up(panel_rows<kType>(in_features) * kPanel * LinearProduct<kType>::kElement, 64);
+    using P = LinearProduct<kType>;
+    return round_up(panel_rows<kType>(in_features) * P::kPanel * P::kElement, 64);
 }
 
 // Must rows of x be copied for the product?
@@ -65,17 +81,19 @@ bool copies_rows(const Linear& p) {
 
 // A whole panel of floats: rows as they are, or turned.
 void lay_out_floats(const LinearWeight& w, const char* weight, int64_t first, float* to) {
+    constexpr int kVectors = VectorBlocks::kVectors;
+    constexpr int64_t kPanel = kVectors * kLanes;
     const float* from = reinterpret_cast<const float*>(weight) + first * w.out_stride;
     if (w.in_stride == 1) return transpose(from, w.out_stride, to, kPanel, kPanel, w.in_features);
     for (int64_t k = 0; k < w.in_features; ++k, from += w.in_stride, to += kPanel) {
-        unroll<kPanelVectors>([&](auto v) TF_INLINE_LAMBDA { store(to + v * kLanes, load(from + v * kLanes)); });
+        unroll<kVectors>([&](auto v) TF_INLINE_LAMBDA { store(to + v * kLanes, load(from + v * kLanes)); });
     }
 }
 
 template <DType kType>
 void lay_out_panel(const LinearWeight& w, const char* weight, int64_t first, char* to) {
     using P = LinearProduct<kType>;
-    constexpr int64_t kSize = size_of(kType);
+    constexpr int64_t kSize = size_of(kType), kPanel = P::kPanel;
     if constexpr (kType == DType::f32) {
         if (first + kPanel <= w.out_features && (w.in_stride == 1 || w.out_stride == 1)) {
             return lay_out_floats(w, weight, first, reinterpret_cast<float*>(to));
@@ -108,28 +126,39 @@ struct FetchAhead {
     TF_INLINE void tile(const float* c, int64_t c_stride) {
         if (!results) return;
         unroll<R * V>([&](auto i)
-                          TF_INLINE_LAMBDA { __builtin_prefetch(c + (i / V) * c_stride + kPanel + (i % V) * kLanes); });
+                          TF_INLINE_LAMBDA { __builtin_prefetch(c + (i / V) * c_stride + (V + i % V) * kLanes); });
     }
     TF_INLINE void step() {
-        __builtin_prefetch(rows);
-        rows += kPanel * P::kElement * tile_rows_for(kPanelVectors) / P::kRowBlock;
+        __builtin_prefetch(rows, 0, P::kLocality);
+        rows += P::kPanel * P::kElement * tile_rows_for(P::kVectors) / P::kRowBlock;
     }
 };
 
-template <class P, bool kAdd, class Meanwhile>
-__attribute__((noinline)) void multiply(const char* a, int64_t a_stride, const float* b, float* c, int64_t c_stride,
+// The same for few rows, which wait for the panel alone: what comes so many bytes later.
+template <class P>
+struct StreamAhead : Nothing {
+    const char* rows;
+    TF_INLINE void step() {
+        constexpr int64_t kRow = P::kPanel * P::kElement;
+        for (int64_t i = 0; i < kRow; i += 64) __builtin_prefetch(rows + P::kStreamedAhead + i);
+        rows += kRow;
+    }
+};
+
+template <class P, class Product, bool kAdd, class Meanwhile>
+__attribute__((noinline)) void multiply(const char* a, int64_t a_stride, const void* panel, float* c, int64_t c_stride,
                                         int64_t rows, int64_t depth, Meanwhile meanwhile) {
-    using Product = typename P::Product;
+    const auto* b = static_cast<const typename Product::Lane*>(panel);
 #if defined(__AMX_BF16__)
     if constexpr (std::is_same_v<Product, Bf16PairProduct>) {
         const int64_t whole = rows / (2 * kSide) * (2 * kSide);
-        if (whole > 0) tile_squares<kAdd>(a, a_stride, b, kPanel, c, c_stride, whole, depth);
+        if (whole > 0) tile_squares<kAdd>(a, a_stride, b, P::kPanel, c, c_stride, whole, depth);
         a += whole * a_stride, c += whole * c_stride;
-        return tile_rows<kAdd, kPanelVectors>(a, a_stride, b, kPanel, c, c_stride, rows - whole, depth);
+        return tile_rows<kAdd, P::kVectors>(a, a_stride, b, P::kPanel, c, c_stride, rows - whole, depth);
     }
 #endif
-    row_loop<Product, Along::depth, kAdd, tile_rows_for(kPanelVectors), kPanelVectors>(
-        a, a_stride, b, kPanel, c, c_stride, rows, depth, meanwhile);
+    row_loop<Product, Along::depth, kAdd, tile_rows_for(P::kVectors), P::kVectors>(a, a_stride, b, P::kPanel, c,
+                                                                                   c_stride, rows, depth, meanwhile);
 }
 
 // Sums of one panel, of rows that are so far apart.
@@ -138,28 +167,39 @@ struct Sums {
     int64_t row;
 };
 
-// sums[r][0, kPanel) = row r of `a` times one panel.
+// sums[r] = row r of `a` times one panel.
 template <DType kType>
 void multiply_panel(const char* a, int64_t a_stride, const char* panel, Sums sums, int64_t rows, int64_t depth,
                     float* wide) {
     using P = LinearProduct<kType>;
+    using InPassing = std::conditional_t<P::kWiden, WideningProduct<kType>, typename P::Product>;
     for (int64_t k = 0; k < depth; k += P::kDepthBlock) {
         const int64_t some = min_of(P::kDepthBlock, depth - k);
-        const char* block = panel + k * kPanel * P::kElement;
-        if constexpr (P::kWiden) load_row<kType>(block, some * kPanel, wide, some * kPanel);
-        const float* b = P::kWiden ? wide : reinterpret_cast<const float*>(block);
-        const auto multiply_block = [&](auto meanwhile) {
+        const char* block = panel + k * P::kPanel * P::kElement;
+        const auto multiply_block = [&](auto product, const void* b, auto meanwhile) {
+            using Product = decltype(product);
             if (k == 0) {
-                multiply<P, false>(a, a_stride, b, sums.first, sums.row, rows, some, meanwhile);
+                multiply<P, Product, false>(a, a_stride, b, sums.first, sums.row, rows, some, meanwhile);
             } else {
-                multiply<P, true>(a + k * 4, a_stride, b, sums.first, sums.row, rows, some, meanwhile);
+                multiply<P, Product, true>(a + k * 4, a_stride, b, sums.first, sums.row, rows, some, meanwhile);
             }
         };
+        if (rows <= tile_rows_for(P::kVectors)) {  // of which the panel is read once
+            if constexpr (P::kStreamedAhead > 0) {
+                multiply_block(InPassing{}, block, StreamAhead<P>{{}, block});
+            } else {
+                multiply_block(InPassing{}, block, Nothing{});
+            }
+            continue;
+        }
+        if constexpr (P::kWiden) load_row<kType>(block, some * P::kPanel, wide, some * P::kPanel);
+        const void* b = P::kWiden ? static_cast<const void*>(wide) : block;
         if (rows < kManyRows) {
-            multiply_block(Nothing{});
+            multiply_block(typename P::Product{}, b, Nothing{});
         } else {
-            const bool in_place = sums.row != kPanel;
-            multiply_block(FetchAhead<P>{block + some * kPanel * P::kElement, k == 0 && in_place});
+            const bool in_place = sums.row != P::kPanel;
+            const char* next = block + some * P::kPanel * P::kElement;
+            multiply_block(typename P::Product{}, b, FetchAhead<P>{next, k == 0 && in_place});
         }
     }
 }
@@ -179,6 +219,7 @@ template <DType kType, Linear::Activation kActivation, bool kGated>
 void finish(const Linear& p, int64_t first_row, int64_t rows, int64_t first, int64_t columns, Sums sums) {
     constexpr int64_t kSize = size_of(kType);
     constexpr bool kCoarse = kType == DType::bf16;
+    constexpr int64_t kPanel = LinearProduct<kType>::kPanel;
     const int64_t panel = rows * kPanel;
     const auto bias_at = [&](const char* bias, int64_t i, auto count) TF_INLINE_LAMBDA {
         return bias == nullptr ? zero() : load_some<kType>(bias + (first + i) * kSize, count);
@@ -222,7 +263,7 @@ template <DType kType>
 Workspace workspace_of(const Linear& p, char* memory) {
     using P = LinearProduct<kType>;
     const int64_t rows = min_of(P::kRowBlock, p.rows);
-    const int64_t sums = rows * kPanel * kGroup * 4, wide = P::kWiden ? P::kDepthBlock * kPanel * 4 : 0;
+    const int64_t sums = rows * P::kPanel * kGroup * 4, wide = P::kWiden ? P::kDepthBlock * P::kPanel * 4 : 0;
     const int64_t copied = copies_rows<kType>(p) ? rows * panel_rows<kType>(p.in_features) * 4 : 0;
     return {reinterpret_cast<float*>(memory), reinterpret_cast<float*>(memory + sums), memory + sums + wide,
             sums + wide + copied};
@@ -252,6 +293,7 @@ template <DType kType>
 void linear_of(const Linear& p, int64_t first_row, int64_t last_row, int64_t first_panel, int64_t last_panel,
                char* memory) {
     using P = LinearProduct<kType>;
+    constexpr int64_t kPanel = P::kPanel;
     [[maybe_unused]] const typename P::Product::InUse in_use;
     const Workspace workspace = workspace_of<kType>(p, memory);
     const int64_t rows = last_row - first_row, depth = panel_rows<kType>(p.in_features);
@@ -295,13 +337,15 @@ void linear_of(const Linear& p, int64_t first_row, int64_t last_row, int64_t fir
 LinearLayout linear_layout(DType dtype, int64_t in_features) {
     LinearLayout layout{};
     with_number_type(dtype, [&](auto type) {
-        layout = {kPanel, panel_bytes<type()>(in_features), LinearProduct<type()>::kRowBlock};
+        using P = LinearProduct<type()>;
+        layout = {P::kPanel, panel_bytes<type()>(in_features), P::kRowBlock};
     });
     return layout;
 }
 
 void lay_out_linear(const LinearWeight& w, int64_t first_panel, int64_t last_panel) {
     with_number_type(w.dtype, [&](auto type) {
+        constexpr int64_t kPanel = LinearProduct<type()>::kPanel;
         const int64_t bytes = panel_bytes<type()>(w.in_features), parts = w.value_weight ? 2 : 1;
         for (int64_t n = first_panel; n < last_panel; ++n) {
             char* to = w.laid_out + n * parts * bytes;

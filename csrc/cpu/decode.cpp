@@ -14,6 +14,17 @@ constexpr int kBlockBytes = 16384;  // of K or V in a block: half of a level-1 c
 constexpr int64_t kMaxBlock = 64, kMinBlock = 16;
 constexpr int kDotRows = kLanes == 16 ? 4 : 2;  // query rows by four keys: as many sums as the registers hold
 
+// Calls `fn` with a number of rows as a constant, kMost or the fewer that are left, and returns it: what is read of a
+// block is read once for all of them.
+template <int kMost, class Fn>
+TF_INLINE int64_t some_rows(int64_t left, Fn&& fn) {
+    if constexpr (kMost > 1) {
+        if (left < kMost) return some_rows<kMost - 1>(left, fn);
+    }
+    fn(std::integral_constant<int, kMost>{});
+    return kMost;
+}
+
 inline int64_t block_keys(const Problem& p, int64_t element_size) {
     const int64_t row_bytes = max_of(p.head_dim, p.head_dim_v) * element_size;
     return max_of(kMinBlock, min_of(kMaxBlock, kBlockBytes / row_bytes / 16 * 16));
@@ -181,10 +192,11 @@ class Decode : DecodeScratch<E> {
             // Fewer than four keys are left only at the end of a block: the last one stands in, and is not looked at.
             const char* row[4];
             for (int64_t i = 0; i < 4; ++i) row[i] = block->key[min_of(j + i, count - 1)];
-            int64_t r = 0;
-            for (; r + kDotRows <= rows; r += kDotRows)
-                r == 0 ? dots<kDotRows, true>(r, j, row, ahead) : dots<kDotRows, false>(r, j, row, ahead);
-            for (; r < rows; ++r) r == 0 ? dots<1, true>(r, j, row, ahead) : dots<1, false>(r, j, row, ahead);
+            for (int64_t r = 0; r < rows;) {
+                r += some_rows<kDotRows>(rows - r, [&](auto count) TF_INLINE_LAMBDA {
+                    r == 0 ? dots<count, true>(r, j, row, ahead) : dots<count, false>(r, j, row, ahead);
+                });
+            }
         }
     }
 
@@ -302,9 +314,10 @@ class Decode : DecodeScratch<E> {
         }
         for (int64_t column = 0; column < width_v; column += kMaxVectors * kLanes) {
             const bool wide = column + kMaxVectors * kLanes <= width_v;
-            int64_t r = 0;
-            for (; r + 4 <= rows; r += 4) add_panel<4>(r, column, wide, count, ahead);
-            for (; r < rows; ++r) add_panel<1>(r, column, wide, count, ahead);
+            for (int64_t r = 0; r < rows;) {
+                r += some_rows<4>(rows - r,
+                                  [&](auto some) TF_INLINE_LAMBDA { add_panel<some>(r, column, wide, count, ahead); });
+            }
         }
         for (int64_t j = 0; dirty && j < count; ++j) {
             if (!row_is_finite(E::kType, value_row(n0 + j), p.head_dim_v)) add_dirty_row(value_row(n0 + j), j);

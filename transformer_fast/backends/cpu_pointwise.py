@@ -15,7 +15,7 @@ from .fields import DTYPES
 
 def rms_norm(x: Tensor, stride: int, weight: Tensor, eps: float, gain_offset: float) -> Tensor:
     """``x`` over its root mean square, times ``weight + gain_offset``."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = x.new_empty(x.shape)
     columns = x.shape[-1]
     _C_cpu.rms_norm(
         DTYPES[x.dtype], x.numel() // columns, columns, x.data_ptr(), stride, weight.data_ptr(), out.data_ptr(),
@@ -26,7 +26,7 @@ def rms_norm(x: Tensor, stride: int, weight: Tensor, eps: float, gain_offset: fl
 
 def gate(is_silu: bool, gate: Tensor, gate_stride: int, value: Tensor, value_stride: int) -> Tensor:
     """``silu(gate) * value``, or with the tanh form of GELU."""
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    out = gate.new_empty(gate.shape)
     columns = gate.shape[-1]
     _C_cpu.gate(
         is_silu, DTYPES[gate.dtype], gate.numel() // columns, columns, gate.data_ptr(), gate_stride,
@@ -37,7 +37,7 @@ def gate(is_silu: bool, gate: Tensor, gate_stride: int, value: Tensor, value_str
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``x`` (tokens, heads, head_dim) turned by angles whose cosines and sines have the same strides."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = x.new_empty(x.shape)
     tokens, heads, head_dim = x.shape
     _C_cpu.rotate(
         DTYPES[x.dtype], tokens, heads, head_dim, x.data_ptr(), x.stride(0), x.stride(1), cos.data_ptr(),

@@ -108,8 +108,9 @@ class _LaidOut:
 
     def layer(self, product: Product) -> cpu_linear.Layer:
         """With what follows."""
-        biases = _halves(product.biases, self.is_gated)
-        return cpu_linear.Layer(self.packed, product.out_features, *biases, product.activation)
+        biases = product.biases
+        gate, value = _halves(biases, True) if self.is_gated else (biases[0], None)
+        return cpu_linear.Layer(self.packed, product.out_features, gate, value, product.activation)
 
     def is_of(self, product: Product) -> bool:
         """Are these its weights, unchanged, and not about to be changed?"""
@@ -256,13 +257,15 @@ class PackedProduct:
 
     def run(self, x: Tensor, product: Product) -> Tensor:
         """The same, of a product."""
-        if not self._may(x, product):
+        may, found = self._may(x, product)
+        if not may:
             return product.plain(x, training.linear)
         kind = _kind(x, product)
         quicker = _quicker.get(kind)
         if quicker is False:
             return product.plain(x)
-        found = self._laid_out(product)
+        if found is None:
+            found = _LaidOut(product)
         if quicker is None:
             rows = x.numel() // x.shape[-1]
             quicker = is_quicker(lambda: product.plain(x), lambda: product.packed(x, found), rows, _WORTH_IT)
@@ -275,14 +278,18 @@ class PackedProduct:
     def then(self, x: Tensor, product: Product, other: PackedProduct, second: Product) -> Tensor:
         """``other.run(self.run(x, product), second)``; many rows block by block: what is between stays in a cache."""
         rows = x.numel() // max(x.shape[-1], 1)
-        if rows < _ROWS_OF_PAIRS * torch.get_num_threads() or not self._may(x, product):
+        if rows < _ROWS_OF_PAIRS * torch.get_num_threads():
+            return other.run(self.run(x, product), second)
+        may, found = self._may(x, product)
+        if not may:
             return other.run(self.run(x, product), second)
         between = torch.empty((*x.shape[:-1], product.out_features), dtype=x.dtype, device="cpu")  # never written
         kind, residual = (*_kind(x, product), *_kind(between, second)), _residual(between, second)
         quicker, adds = _quicker.get(kind), residual is not None or second.residual is None
-        if quicker is False or not adds or not other._may(between, second):
+        may, after = other._may(between, second)
+        if quicker is False or not adds or not may:
             return other.run(self.run(x, product), second)
-        found, after = self._laid_out(product), other._laid_out(second)
+        found, after = found or _LaidOut(product), after or _LaidOut(second)
 
         def packed() -> Tensor:
             return cpu_linear.multiply_twice(_rows(x), found.layer(product), after.layer(second), residual)
@@ -295,23 +302,21 @@ class PackedProduct:
         self.found, other.found = found, after
         return packed()
 
-    def _may(self, x: Tensor, product: Product) -> bool:
-        """Is this inference that the kernel takes? A weight that may change unseen is dropped."""
+    def _may(self, x: Tensor, product: Product) -> tuple[bool, _LaidOut | None]:
+        """Is this inference that the kernel takes, and what is laid out for it? A weight that may change unseen is
+        dropped.
+        """
         found = self.found  # one look: another thread may drop it
         named = product.activation in cpu_linear.ACTIVATIONS
         if not named or not is_plain_inference(x, *product.weights, *product.biases):
             self.found = None
-            return False
+            return False, None
         if found is None or not found.is_of(product):
-            self.found = None
+            self.found = found = None
             if not _may_lay_out(product):
-                return False
+                return False, None
         # Without them what is quicker may be another one tomorrow.
-        return _takes(x, product) and not torch.are_deterministic_algorithms_enabled()
-
-    def _laid_out(self, product: Product) -> _LaidOut:
-        found = self.found
-        return _LaidOut(product) if found is None or not found.is_of(product) else found
+        return _takes(x, product) and not torch.are_deterministic_algorithms_enabled(), found
 
     def __reduce__(self) -> Any:  # a copy lays out its own
         return PackedProduct, ()

@@ -11,6 +11,7 @@ from cpu_targets import each_dtype, each_isa
 from torch import Tensor
 
 from transformer_fast import pointwise
+from transformer_fast.backends import cpu_pointwise
 from transformer_fast.backends.cpu import force_isa
 from transformer_fast.testing import judge
 
@@ -76,6 +77,91 @@ def test_gates(isa: str, dtype: torch.dtype, size: int, name: str) -> None:
         halves, own = function(gate, value), function(gate.contiguous()[None], value.contiguous()[None])
     assert_right(halves, lambda gate, value: activation(gate) * value, gate, value)
     assert torch.equal(own[0], halves)
+
+
+@each_isa
+@each_dtype
+@pytest.mark.parametrize("size", [1, 5, 16, 37, 300])
+def test_gelu_and_its_gradient(isa: str, dtype: torch.dtype, size: int) -> None:
+    """Over the whole range, and close to 0."""
+
+    def gelu(x: Tensor) -> Tensor:
+        return F.gelu(x, approximate="tanh")
+
+    x, dy = draw(7, 2, size, dtype=dtype, scale=5.0), draw(7, 2, size, dtype=dtype)
+    x[0] *= 0.01
+    with force_isa(isa), torch.enable_grad():
+        leaf = x.clone().requires_grad_()
+        found = pointwise.gelu_tanh(leaf)
+        assert "GeluTanh" in str(found.grad_fn)
+        (gradient,) = torch.autograd.grad(found, leaf, dy)
+        assert torch.equal(pointwise.gelu_tanh(x), found)
+    assert_right(found.detach(), gelu, x)
+    assert_right(gradient, lambda x, dy: torch.ops.aten.gelu_backward(dy, x, approximate="tanh"), x, dy)
+
+
+@each_isa
+def test_gelu_of_numbers_that_are_none(isa: str) -> None:
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 3.0]).requires_grad_()
+    with force_isa(isa), torch.enable_grad():
+        found = pointwise.gelu_tanh(x)
+        (slope,) = torch.autograd.grad(found.sum(), x)
+    torch.testing.assert_close(found[[0, 1, 3, 4, 5]], F.gelu(x, approximate="tanh")[[0, 1, 3, 4, 5]], equal_nan=True)
+    assert slope[0].isnan()
+    assert torch.equal(slope[1:5].round(decimals=30), torch.tensor([1.0, 0.0, 1.0, 0.0]))
+
+
+def test_gelu_is_differentiated_again_by_pytorch() -> None:
+    x = draw(3, 5, dtype=torch.float32).requires_grad_()
+    with torch.enable_grad():
+        found = [
+            torch.autograd.grad(torch.autograd.grad(f(x).square().sum(), x, create_graph=True)[0].sum(), x)[0]
+            for f in (pointwise.gelu_tanh, lambda x: F.gelu(x, approximate="tanh"))
+        ]
+    torch.testing.assert_close(*found)
+
+
+@each_isa
+@each_dtype
+@pytest.mark.parametrize("size", [2, 5, 16, 37, 5000])
+@pytest.mark.parametrize("far", [0.0, 3000.0])
+def test_cross_entropy(isa: str, dtype: torch.dtype, size: int, far: float) -> None:
+    """Rows of a wider matrix, whose logits may all be far from 0; a row that does not count."""
+    wide = draw(6, size + 3, dtype=dtype, scale=4.0) + far
+    logits, labels = wide[:, :size], torch.randint(size, (6,), generator=torch.Generator().manual_seed(0))
+    labels[2] = -100
+
+    def losses(x: Tensor) -> Tensor:
+        return F.cross_entropy(x if x.dtype == torch.float64 else x.float(), labels, reduction="none")
+
+    def gradient(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            return torch.autograd.grad(losses(leaf).sum() * 0.3, leaf)[0]
+
+    with force_isa(isa):
+        found = cpu_pointwise.cross_entropy(logits, logits.stride(0), labels, -100)
+        slopes = cpu_pointwise.cross_entropy_gradient(logits, logits.stride(0), labels, -100, found, 0.3)
+    assert_right(found[0], losses, logits)
+    assert_right(slopes, gradient, logits)
+    assert not slopes[2].any()
+
+
+@each_isa
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_cross_entropy_of_numbers_that_are_none(isa: str, bad: float) -> None:
+    """As PyTorch has them, in their row and no other."""
+    logits, labels = draw(4, 40, dtype=torch.float32), torch.tensor([0, 7, 3, 39])
+    logits[1, 7], logits[3] = bad, -float("inf")
+    with torch.enable_grad():
+        leaf = logits.clone().requires_grad_()
+        losses = F.cross_entropy(leaf, labels, reduction="none")
+        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+    with force_isa(isa):
+        found = cpu_pointwise.cross_entropy(logits, 40, labels, -100)
+        slopes = cpu_pointwise.cross_entropy_gradient(logits, 40, labels, -100, found, 1.0)
+    torch.testing.assert_close(found[0], losses, equal_nan=True)
+    torch.testing.assert_close(slopes, gradient, equal_nan=True)
 
 
 @each_isa

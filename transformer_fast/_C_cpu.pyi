@@ -46,6 +46,32 @@ def rotate(
     out: int,
     num_threads: int,
 ) -> None: ...
+def gelu_tanh(dtype: int, rows: int, columns: int, x: int, out: int, num_threads: int) -> None: ...
+def gelu_tanh_gradient(dtype: int, rows: int, columns: int, x: int, dy: int, out: int, num_threads: int) -> None: ...
+def cross_entropy(
+    dtype: int,
+    rows: int,
+    columns: int,
+    logits: int,
+    logits_row: int,
+    labels: int,
+    ignored: int,
+    rows_of: int,
+    num_threads: int,
+) -> None: ...
+def cross_entropy_gradient(
+    dtype: int,
+    rows: int,
+    columns: int,
+    logits: int,
+    logits_row: int,
+    labels: int,
+    ignored: int,
+    rows_of: int,
+    scale: float,
+    out: int,
+    num_threads: int,
+) -> None: ...
 def available_isas() -> list[str]: ...
 def current_isa() -> str: ...
 def force_isa(name: str) -> None: ...

@@ -1,10 +1,12 @@
 """What stands around a model's matrix products, in one pass over memory: norms, gates and rotary positions.
 
 Inference on a CPU runs the native kernels, which compute in float32 and round once; everything else, and every
-gradient, PyTorch's own operators.
+gradient but GELU's, PyTorch's own operators.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from .backends import cpu_pointwise
 from .backends.cpu import TYPES
-from .ops import is_plain_inference
+from .ops import is_plain_inference, is_watched
 
 
 def is_native(*tensors: Tensor) -> bool:
@@ -59,8 +61,39 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool = False) -
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """The tanh form of GELU, which GPT calls "gelu" and others "gelu_new"."""
+    """The tanh form of GELU, which GPT calls "gelu" and others "gelu_new"; of any shape, in training too."""
+    if x.numel() < _FEW or not x.is_contiguous():
+        return F.gelu(x, approximate="tanh")
+    if is_native(x):
+        return cpu_pointwise.gelu_tanh(x)
+    if torch.is_grad_enabled() and x.requires_grad and not is_watched() and _is_native_data(x):
+        out: Tensor = _GeluTanh.apply(x)
+        return out
     return F.gelu(x, approximate="tanh")
+
+
+@torch.no_grad()
+def _is_native_data(*tensors: Tensor) -> bool:
+    """``is_native``, if it were not for gradients."""
+    return is_native(*tensors)
+
+
+class _GeluTanh(torch.autograd.Function):
+    """By kernels, both ways; where the gradient is differentiated too, PyTorch's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return cpu_pointwise.gelu_tanh(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        # Saved-tensor hooks may have made x another one.
+        if x.is_contiguous() and x.shape == dy.shape and x.dtype is dy.dtype and is_native(x, dy):
+            return cpu_pointwise.gelu_tanh_gradient(x, dy.contiguous())
+        gradient: Tensor = torch.ops.aten.gelu_backward(dy, x, approximate="tanh")
+        return gradient
 
 
 def gated_relu(gate: Tensor, value: Tensor) -> Tensor:

@@ -72,7 +72,29 @@ void pointwise(tf::Pointwise::What what, int64_t dtype, int64_t rows, int64_t co
                           tf::bindings::bytes(weight),
                           tf::bindings::bytes(out),
                           eps,
-                          gain_offset};
+                          gain_offset,
+                          {}};
+    py::gil_scoped_release release;
+    tf::pointwise(p, num_threads);
+}
+
+// A row of logits each; `rows_of` is (loss, top, inverse), float32 (3, rows).
+void cross_entropy(tf::Pointwise::What what, int64_t dtype, int64_t rows, int64_t columns, Address logits,
+                   int64_t logits_row, Address labels, int64_t ignored, Address rows_of, float scale, Address out,
+                   int num_threads) {
+    tf::Pointwise p{};
+    p.what = what;
+    p.dtype = static_cast<tf::DType>(dtype);
+    p.rows = rows, p.columns = columns;
+    p.x = tf::bindings::bytes(logits), p.x_row = logits_row;
+    p.out = tf::bindings::bytes(out);
+    float* found = reinterpret_cast<float*>(tf::bindings::bytes(rows_of));
+    p.labels = {reinterpret_cast<const int64_t*>(tf::bindings::bytes(labels)),
+                ignored,
+                found,
+                found + rows,
+                found + 2 * rows,
+                scale};
     py::gil_scoped_release release;
     tf::pointwise(p, num_threads);
 }
@@ -124,6 +146,25 @@ PYBIND11_MODULE(_C_cpu, m) {
         pointwise(is_silu ? tf::Pointwise::gate_silu : tf::Pointwise::gate_gelu_tanh, dtype, rows, columns, gate,
                   gate_row, value, value_row, 0, out, num_threads, 0, 0, 1, 0);
     });
+    m.def("gelu_tanh", [](int64_t dtype, int64_t rows, int64_t columns, Address x, Address out, int num_threads) {
+        pointwise(tf::Pointwise::gelu_tanh, dtype, rows, columns, x, columns, 0, 0, 0, out, num_threads, 0, 0, 1, 0);
+    });
+    m.def("gelu_tanh_gradient",
+          [](int64_t dtype, int64_t rows, int64_t columns, Address x, Address dy, Address out, int num_threads) {
+              pointwise(tf::Pointwise::gelu_tanh_gradient, dtype, rows, columns, x, columns, dy, columns, 0, out,
+                        num_threads, 0, 0, 1, 0);
+          });
+    m.def("cross_entropy", [](int64_t dtype, int64_t rows, int64_t columns, Address logits, int64_t logits_row,
+                              Address labels, int64_t ignored, Address rows_of, int num_threads) {
+        cross_entropy(tf::Pointwise::cross_entropy, dtype, rows, columns, logits, logits_row, labels, ignored, rows_of,
+                      0, 0, num_threads);
+    });
+    m.def("cross_entropy_gradient",
+          [](int64_t dtype, int64_t rows, int64_t columns, Address logits, int64_t logits_row, Address labels,
+             int64_t ignored, Address rows_of, float scale, Address out, int num_threads) {
+              cross_entropy(tf::Pointwise::cross_entropy_gradient, dtype, rows, columns, logits, logits_row, labels,
+                            ignored, rows_of, scale, out, num_threads);
+          });
     m.def("rotate", [](int64_t dtype, int64_t rows, int64_t heads, int64_t head_dim, Address x, int64_t x_row,
                        int64_t x_head, Address cos, Address sin, int64_t angle_row, Address out, int num_threads) {
         pointwise(tf::Pointwise::rotate, dtype, rows, heads * head_dim, x, x_row, cos, angle_row, sin, out, num_threads,

@@ -117,18 +117,37 @@ struct BackwardRun {
     float* dvalue;
 };
 
+// What the loss of a row of logits is made of, and its gradient: float32 losses and, for backward, each row's largest
+// logit and the inverse of the sum of exp(x - top).
+struct CrossEntropy {
+    const int64_t* label;
+    int64_t ignored;  // the label of rows that do not count
+    float *loss, *top, *inverse;
+    float scale;  // gradient: of the sum of the losses
+};
+
 // What stands around a model's products. Strides are in elements; `out` is contiguous.
 struct Pointwise {
-    enum What : int { rms_norm, gate_silu, gate_gelu_tanh, rotate } what;
+    enum What : int {
+        rms_norm,
+        gate_silu,
+        gate_gelu_tanh,
+        rotate,
+        gelu_tanh,
+        gelu_tanh_gradient,
+        cross_entropy,
+        cross_entropy_gradient
+    } what;
     DType dtype;
     int64_t rows, columns, heads;  // rotate: `heads` of columns / heads each
     const char* x;                 // of gates: the gate
     int64_t x_row, x_head;
-    const char* y;       // gates: the value; rotate: the cosines, a row for each row of x
-    int64_t y_row;       // of the sines too
+    const char* y;  // gates: the value; rotate: the cosines, a row for each row of x; gelu's gradient: that of gelu
+    int64_t y_row;  // of the sines too
     const char* weight;  // rms_norm: the gain; rotate: the sines
     char* out;
     float eps, gain_offset;
+    CrossEntropy labels;
 };
 
 // Rows times weights that were laid out for it: out = activation(x W^T + bias) + residual; a gated one has two weights,

@@ -123,9 +123,8 @@ def test_padding_may_be_skipped_too() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("count", [None, 17, torch.tensor(17)], ids=["mean", "int", "tensor"])
 @pytest.mark.parametrize("rows", [1, 40])
-def test_loss(dtype: torch.dtype, count: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over several chunks, with labels that do not count, by what transformers has."""
-    monkeypatch.setattr("transformer_fast.dropin.pointwise._CHUNK", 7 * 300)
+def test_loss(dtype: torch.dtype, count: Any, rows: int) -> None:
+    """With labels that do not count, by what transformers has."""
     torch.manual_seed(0)
     logits = (torch.randn(2, rows, 300) * 3).to(dtype)
     labels = torch.randint(300, (2, rows))
@@ -157,6 +156,20 @@ def test_loss_that_is_none() -> None:
     (gradient,) = torch.autograd.grad(causal_lm_loss(bad, torch.tensor([[1, 2, -100]]), 9), bad)
     assert gradient[0, 0].isnan().all()
     assert not gradient[0, 1:].any()
+
+
+def test_many_gradients_of_the_loss_at_once() -> None:
+    logits = torch.randn(1, 4, 9, requires_grad=True)
+    loss = causal_lm_loss(logits, torch.tensor([[1, 2, -100, 3]]), 9)
+    (one,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (both,) = torch.autograd.grad(loss, logits, torch.tensor([1.0, -2.0]), is_grads_batched=True)
+    torch.testing.assert_close(both, torch.stack((one, -2.0 * one)))
+
+
+def test_labels_of_another_type() -> None:
+    """Are refused as PyTorch refuses them."""
+    with pytest.raises((RuntimeError, IndexError)):
+        causal_lm_loss(torch.randn(1, 3, 9, requires_grad=True), torch.ones(1, 3), 9)
 
 
 def test_compiled_loss() -> None:

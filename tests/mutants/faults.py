@@ -35,6 +35,7 @@ _PAIRED = _selection("test_conformance", "avx512_bf16 and bfloat16")
 _TILES = _selection("test_conformance", "amx_bf16 and bfloat16")
 _LINEAR = _selection("test_linear", "portable")
 _LINEAR_TILES = _selection("test_linear", "amx_bf16 and bfloat16")
+_POINTWISE = _selection("test_pointwise", "portable and (gelu or entropy)")
 _PACKED = _selection("dropin/test_linears", "not compiled and not models and not tracing")
 _ROTARY = _selection("dropin/test_pointwise", "rotary or angles or rotation or gates or dense")
 _TRAINING = _selection("dropin/test_training", "not compiler")
@@ -159,7 +160,7 @@ TILES = [
 
 LINEAR = [
     Fault("linear: a block of depth replaces the ones before", _CPU + "linear.cpp",
-          "multiply<P, true>(a + k * 4", "multiply<P, false>(a + k * 4", _LINEAR),
+          "multiply<P, Product, true>(a + k * 4", "multiply<P, Product, false>(a + k * 4", _LINEAR),
     Fault("linear: what stands beside a weight taken to fill up a pair", _CPU + "linear.cpp",
           "n < w.out_features && i < w.in_features", "n < w.out_features", _LINEAR_TILES, "amx_bf16"),
     Fault("linear: a gate's value read where the gate is", _CPU + "linear.cpp",
@@ -218,7 +219,21 @@ LINEAR = [
     Fault("activations: GELU's tail on the wrong side", _CPU + "activations.h",
           "select(x < 0.0f, below, 1.0f - below)", "select(x > 0.0f, below, 1.0f - below)", _LINEAR),
     Fault("activations: GELU by the tanh's constant", _CPU + "activations.h",
-          "0.044715f", "0.0447f", _LINEAR),
+          "x + 0.044715f * (x * x * x)", "x + 0.0447f * (x * x * x)", _LINEAR),
+    Fault("activations: GELU's slope without the cube's", _CPU + "activations.h",
+          "1.595769122f + 0.214064453f * square", "1.595769122f", _POINTWISE),
+    Fault("loss: rows that do not count have a gradient", _CPU + "pointwise.cpp",
+          "if (label == c.ignored) {", "if (false) {", _POINTWISE),
+    Fault("loss: the largest logit taken for 0", _CPU + "pointwise.cpp",
+          "const float top = largest(tops);", "const float top = 0.0f * largest(tops);", _POINTWISE),
+    Fault("loss: logits past the last one counted", _CPU + "pointwise.cpp",
+          "x[i] = -kInfinity;", "x[i] = 0.0f;", _POINTWISE),
+    Fault("linear: few rows of a widened weight by the other type", _CPU + "gemm.h",
+          "return load_as_float<kType>(reinterpret_cast<const char*>(p));",
+          "return load_as_float<DType::f16>(reinterpret_cast<const char*>(p));", _LINEAR),
+    Fault("decode: of three rows that are left two are done", _CPU + "decode.cpp",
+          "fn(std::integral_constant<int, kMost>{})", "fn(std::integral_constant<int, kMost == 3 ? 2 : kMost>{})",
+          _KERNEL),
     Fault("activations: ReLU hides NaN", _CPU + "linear.cpp",
           "select(x < 0.0f, zero(), x)", "select(x > 0.0f, x, zero())", _LINEAR),
     Fault("packed: a changed weight goes unseen", _PACKAGE + "dropin/linears.py",

@@ -44,3 +44,49 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         sin.data_ptr(), cos.stride(0), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The tanh form of GELU, of contiguous x."""
+    out, columns = x.new_empty(x.shape), x.shape[-1]
+    _C_cpu.gelu_tanh(
+        DTYPES[x.dtype], x.numel() // columns, columns, x.data_ptr(), out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+def gelu_tanh_gradient(x: Tensor, dy: Tensor) -> Tensor:
+    """What reaches x of the gradient ``dy``; both contiguous, of one shape and type."""
+    out, columns = x.new_empty(x.shape), x.shape[-1]
+    _C_cpu.gelu_tanh_gradient(
+        DTYPES[x.dtype], x.numel() // columns, columns, x.data_ptr(), dy.data_ptr(), out.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def cross_entropy(logits: Tensor, stride: int, labels: Tensor, ignore_index: int) -> Tensor:
+    """float32 (3, rows): each row's loss, largest logit, and one over the sum of ``exp(logits - largest)``.
+
+    ``labels`` is a contiguous int64 (rows,) of columns, or ``ignore_index``.
+    """
+    rows, columns = logits.shape
+    found = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
+    _C_cpu.cross_entropy(
+        DTYPES[logits.dtype], rows, columns, logits.data_ptr(), stride, labels.data_ptr(), ignore_index,
+        found.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return found
+
+
+def cross_entropy_gradient(
+    logits: Tensor, stride: int, labels: Tensor, ignore_index: int, found: Tensor, scale: float
+) -> Tensor:
+    """``scale`` times the gradient of the sum of the losses, from what ``cross_entropy`` found."""
+    rows, columns = logits.shape
+    out = logits.new_empty(logits.shape)
+    _C_cpu.cross_entropy_gradient(
+        DTYPES[logits.dtype], rows, columns, logits.data_ptr(), stride, labels.data_ptr(), ignore_index,
+        found.data_ptr(), scale, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out

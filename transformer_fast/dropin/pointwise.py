@@ -17,12 +17,12 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .. import pointwise
+from ..backends import cpu_pointwise
 from ..linear import ACTIVATIONS, is_heard, packed_product
-from ..ops import is_watched
+from ..ops import is_plain_inference, is_watched
 from ..spec import UnsupportedError
 from .swap import Swapped, is_swapped, own_class, swapped
 
@@ -122,7 +122,7 @@ class _Rotates(Swapped):
 
 
 class _GeluTanh(Swapped):
-    """The tanh form of GELU by PyTorch's own function, where it was composed of eight others."""
+    """The tanh form of GELU in one function, where it was composed of eight operators."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Of any shape, to the same."""
@@ -307,42 +307,35 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-        ctx.save_for_backward(logits, labels)
+        found = cpu_pointwise.cross_entropy(logits, logits.stride(0), labels, ignore_index)
+        ctx.save_for_backward(logits, labels, found)
         ctx.ignore_index = ignore_index
-        losses = [
-            F.cross_entropy(part.float(), label, ignore_index=ignore_index, reduction="sum")
-            for part, label in _parts(logits, labels)
-        ]
-        return torch.stack(losses).sum()
+        return found[0].sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None]:
-        logits, labels = ctx.saved_tensors
-        dlogits = torch.empty_like(logits)
-        for (part, label), to in zip(_parts(logits, labels), dlogits.split(_chunk(logits)), strict=True):
-            gradient = to if to.dtype == torch.float32 else torch.empty_like(to, dtype=torch.float32)
-            torch.softmax(part.float(), -1, out=gradient)
-            place = label.where(label != ctx.ignore_index, 0)[:, None]
-            gradient.scatter_add_(1, place, gradient.new_full(place.shape, -1.0)).mul_(dloss)
-            if gradient is not to:
-                to.copy_(gradient)
-        ignored = (labels == ctx.ignore_index).nonzero()[:, 0]
-        dlogits.index_fill_(0, ignored, 0.0)  # though dloss be infinite; a mask would go over all of them again
-        return dlogits, None, None
+        logits, labels, found = ctx.saved_tensors
+        if logits.stride(1) != 1:  # saved-tensor hooks may have given it other strides
+            logits = logits.contiguous()
+        labels, found = labels.contiguous(), found.contiguous()
+        is_number = is_plain_inference(dloss)  # else many gradients that pass for one
+        scale = float(dloss) if is_number else 1.0
+        gradient = cpu_pointwise.cross_entropy_gradient(
+            logits, logits.stride(0), labels, ctx.ignore_index, found, scale
+        )
+        return gradient if is_number else gradient * dloss, None, None
 
 
-#: Logits of a chunk of rows: in float32 a level-2 cache holds them.
-_CHUNK = 2**19
-
-
-def _chunk(logits: Tensor) -> int:
-    return max(1, _CHUNK // logits.shape[-1])
-
-
-def _parts(logits: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
-    rows = _chunk(logits)
-    return list(zip(logits.split(rows), labels.split(rows), strict=True))
+@torch.no_grad()
+def _has_kernel(logits: Tensor, labels: Tensor, ignore_index: int) -> bool:
+    """Are these rows of logits, and labels that are columns of them, that nobody watches?"""
+    if not (pointwise.is_native(logits) and is_plain_inference(labels) and labels.dtype is torch.int64):
+        return False
+    if labels.shape != logits.shape[:1] or logits.stride(1) != 1 or not labels.is_contiguous():
+        return False
+    is_column = (labels >= 0) & (labels < logits.shape[1])
+    return bool((is_column | (labels == ignore_index)).all())
 
 
 def causal_lm_loss(
@@ -375,10 +368,10 @@ def causal_lm_loss(
     count = (label != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     if isinstance(count, Tensor):
         count = count.to(logits.device)
-    if type(rows) is not Tensor or not rows.is_cpu or is_watched() or forward_ad._current_level >= 0:
-        total = F.cross_entropy(rows.float(), label, ignore_index=ignore_index, reduction="sum")
-    else:
+    if _has_kernel(rows, label, ignore_index):
         total = _CrossEntropy.apply(rows, label, ignore_index)
+    else:
+        total = F.cross_entropy(rows.float(), label, ignore_index=ignore_index, reduction="sum")
     loss: Tensor = total / count
     return loss
 
@@ -405,8 +398,7 @@ def fuse_pointwise(model: _Module) -> _Module:
       itself stays as it is.
     - With :func:`pack_linears`, before or after: the gate's two layers are one product, and the layer ``dense`` of
       BERT's kind and its activation are.
-    - The tanh form of GELU composed of eight operators (``NewGELUActivation``): PyTorch's own function, in training
-      too.
+    - The tanh form of GELU composed of eight operators (``NewGELUActivation``): a kernel of ours, in training too.
     - transformers' loss for causal language models on a CPU: :func:`causal_lm_loss`, which keeps no log-probabilities
       for backward.
 

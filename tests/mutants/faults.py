@@ -35,6 +35,7 @@ _PAIRED = _selection("test_conformance", "avx512_bf16 and bfloat16")
 _TILES = _selection("test_conformance", "amx_bf16 and bfloat16")
 _LINEAR = _selection("test_linear", "portable")
 _LINEAR_TILES = _selection("test_linear", "amx_bf16 and bfloat16")
+_DECODE = _selection("test_conformance", "avx2 and decode")
 _POINTWISE = _selection("test_pointwise", "portable and (gelu or entropy)")
 _PACKED = _selection("dropin/test_linears", "not compiled and not models and not tracing")
 _ROTARY = _selection("dropin/test_pointwise", "rotary or angles or rotation or gates or dense")
@@ -233,7 +234,7 @@ LINEAR = [
           "return load_as_float<DType::f16>(reinterpret_cast<const char*>(p));", _LINEAR),
     Fault("decode: of three rows that are left two are done", _CPU + "decode.cpp",
           "fn(std::integral_constant<int, kMost>{})", "fn(std::integral_constant<int, kMost == 3 ? 2 : kMost>{})",
-          _KERNEL),
+          _DECODE, "avx2"),
     Fault("activations: ReLU hides NaN", _CPU + "linear.cpp",
           "select(x < 0.0f, zero(), x)", "select(x > 0.0f, x, zero())", _LINEAR),
     Fault("packed: a changed weight goes unseen", _PACKAGE + "dropin/linears.py",

@@ -250,6 +250,8 @@ def _decode() -> list[Case]:
         decode_few_rows=dict(grouped, batch=3, seqlen_q=4, seqlen_k=700, seqlens_k=(700, 2, 300), core=True),
         decode_head_dim_128=dict(batch=1, num_heads=32, num_kv_heads=8, head_dim=128, seqlen_q=1, seqlen_k=600),
         decode_head_dim_63=dict(batch=1, num_heads=4, num_kv_heads=4, head_dim=63, seqlen_q=1, seqlen_k=600),
+        decode_group_of_three=dict(batch=1, num_heads=9, num_kv_heads=3, seqlen_q=1, seqlen_k=700),
+        decode_group_of_seven=dict(batch=1, num_heads=7, num_kv_heads=1, head_dim=80, seqlen_q=1, seqlen_k=300),
         decode_window=dict(grouped, seqlen_q=1, seqlen_k=900, window_size=(100, None)),
         decode_softcap_sinks=dict(grouped, seqlen_q=1, seqlen_k=500, softcap=10.0, sinks="finite"),
         decode_sinks_empty=dict(grouped, seqlen_q=1, seqlen_k=500, seqlens_k=(0, 500), sinks="finite"),

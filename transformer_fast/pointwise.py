@@ -30,6 +30,8 @@ def is_native(*tensors: Tensor) -> bool:
 
 #: Elements below which two operators of PyTorch take less time than one call of ours.
 _FEW = 8192
+#: Rows shorter than this are not whole vectors for the most part.
+_NARROW = 64
 
 
 def row_stride(x: Tensor) -> int | None:
@@ -62,7 +64,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool = False) -
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """The tanh form of GELU, which GPT calls "gelu" and others "gelu_new"; of any shape, in training too."""
-    if x.numel() < _FEW or not x.is_contiguous():
+    if x.numel() < _FEW or x.shape[-1] < _NARROW or not x.is_contiguous():
         return F.gelu(x, approximate="tanh")
     if is_native(x):
         return cpu_pointwise.gelu_tanh(x)

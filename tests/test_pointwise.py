@@ -109,7 +109,7 @@ def test_gelu_of_numbers_that_are_none(isa: str) -> None:
         (slope,) = torch.autograd.grad(found.sum(), x)
     torch.testing.assert_close(found[[0, 1, 3, 4, 5]], F.gelu(x, approximate="tanh")[[0, 1, 3, 4, 5]], equal_nan=True)
     assert slope[0].isnan()
-    assert torch.equal(slope[1:5].round(decimals=30), torch.tensor([1.0, 0.0, 1.0, 0.0]))
+    torch.testing.assert_close(slope[1:5], torch.tensor([1.0, 0.0, 1.0, 0.0]))
 
 
 def test_gelu_is_differentiated_again_by_pytorch() -> None:

@@ -89,12 +89,12 @@ void cross_entropy(tf::Pointwise::What what, int64_t dtype, int64_t rows, int64_
     p.x = tf::bindings::bytes(logits), p.x_row = logits_row;
     p.out = tf::bindings::bytes(out);
     float* found = reinterpret_cast<float*>(tf::bindings::bytes(rows_of));
-    p.labels = {reinterpret_cast<const int64_t*>(tf::bindings::bytes(labels)),
-                ignored,
-                found,
-                found + rows,
-                found + 2 * rows,
-                scale};
+    p.loss = {reinterpret_cast<const int64_t*>(tf::bindings::bytes(labels)),
+              ignored,
+              found,
+              found + rows,
+              found + 2 * rows,
+              scale};
     py::gil_scoped_release release;
     tf::pointwise(p, num_threads);
 }

@@ -147,7 +147,7 @@ struct Pointwise {
     const char* weight;  // rms_norm: the gain; rotate: the sines
     char* out;
     float eps, gain_offset;
-    CrossEntropy labels;
+    CrossEntropy loss;
 };
 
 // Rows times weights that were laid out for it: out = activation(x W^T + bias) + residual; a gated one has two weights,

@@ -139,6 +139,7 @@ template <class P>
 struct StreamAhead : Nothing {
     const char* rows;
     TF_INLINE void step() {
+        if constexpr (P::kStreamedAhead == 0) return;
         constexpr int64_t kRow = P::kPanel * P::kElement;
         for (int64_t i = 0; i < kRow; i += 64) __builtin_prefetch(rows + P::kStreamedAhead + i);
         rows += kRow;
@@ -185,11 +186,7 @@ void multiply_panel(const char* a, int64_t a_stride, const char* panel, Sums sum
             }
         };
         if (rows <= tile_rows_for(P::kVectors)) {  // of which the panel is read once
-            if constexpr (P::kStreamedAhead > 0) {
-                multiply_block(InPassing{}, block, StreamAhead<P>{{}, block});
-            } else {
-                multiply_block(InPassing{}, block, Nothing{});
-            }
+            multiply_block(InPassing{}, block, StreamAhead<P>{{}, block});
             continue;
         }
         if constexpr (P::kWiden) load_row<kType>(block, some * P::kPanel, wide, some * P::kPanel);

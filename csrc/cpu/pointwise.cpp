@@ -69,7 +69,7 @@ TF_INLINE F exp_below(F x, float top) { return exp2<5>((x - top) * kLog2E); }
 template <DType kType>
 void cross_entropy_row(const Pointwise& p, int64_t r, const char* x) {
     constexpr int64_t kSize = size_of(kType), kRun = 4096;  // terms that are summed up in float32
-    const CrossEntropy& c = p.labels;
+    const CrossEntropy& c = p.loss;
     F tops = set1(-kInfinity);
     for_each_vector(p.columns, [&](int64_t i, auto count) TF_INLINE_LAMBDA {
         tops = maximum(load_logits<kType>(x + i * kSize, count), tops);
@@ -94,7 +94,7 @@ void cross_entropy_row(const Pointwise& p, int64_t r, const char* x) {
 template <DType kType>
 void cross_entropy_gradient_row(const Pointwise& p, int64_t r, const char* x, char* out) {
     constexpr int64_t kSize = size_of(kType);
-    const CrossEntropy& c = p.labels;
+    const CrossEntropy& c = p.loss;
     const int64_t label = c.label[r];
     if (label == c.ignored) {
         std::memset(out, 0, p.columns * kSize);

@@ -13,7 +13,7 @@ _HOMES = {
     "MultiheadAttention": "torch_nn",
     "TransformerDecoderLayer": "torch_nn",
     "TransformerEncoderLayer": "torch_nn",
-    "causal_lm_loss": "pointwise",
+    "causal_lm_loss": "loss",
     "flex_attention": "flex",
     "fuse_pointwise": "pointwise",
     "memory_efficient_attention": "xformers",

@@ -15,15 +15,13 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .. import pointwise
-from ..backends import cpu_pointwise
 from ..linear import ACTIVATIONS, is_heard, packed_product
-from ..ops import is_plain_inference, is_watched
+from ..ops import is_watched
 from ..spec import UnsupportedError
+from .loss import causal_lm_loss
 from .swap import Swapped, is_swapped, own_class, swapped
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -300,80 +298,6 @@ def _mixin_of(module: Any) -> Any:
     except Exception:  # what cannot be tried is left alone
         return None
     return None
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """The sum of the losses. Nothing of the logits' size is kept but the logits; their gradient is made in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-        found = cpu_pointwise.cross_entropy(logits, logits.stride(0), labels, ignore_index)
-        ctx.save_for_backward(logits, labels, found)
-        ctx.ignore_index = ignore_index
-        return found[0].sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None]:
-        logits, labels, found = ctx.saved_tensors
-        if logits.stride(1) != 1:  # saved-tensor hooks may have given it other strides
-            logits = logits.contiguous()
-        labels, found = labels.contiguous(), found.contiguous()
-        is_number = is_plain_inference(dloss)  # else many gradients that pass for one
-        scale = float(dloss) if is_number else 1.0
-        gradient = cpu_pointwise.cross_entropy_gradient(
-            logits, logits.stride(0), labels, ctx.ignore_index, found, scale
-        )
-        return gradient if is_number else gradient * dloss, None, None
-
-
-@torch.no_grad()
-def _has_kernel(logits: Tensor, labels: Tensor, ignore_index: int) -> bool:
-    """Are these rows of logits, and labels that are columns of them, that nobody watches?"""
-    if not (pointwise.is_native(logits) and is_plain_inference(labels) and labels.dtype is torch.int64):
-        return False
-    if labels.shape != logits.shape[:1] or logits.stride(1) != 1 or not labels.is_contiguous():
-        return False
-    is_column = (labels >= 0) & (labels < logits.shape[1])
-    return bool((is_column | (labels == ignore_index)).all())
-
-
-def causal_lm_loss(
-    logits: Tensor,
-    labels: Tensor,
-    vocab_size: int,
-    num_items_in_batch: Tensor | int | None = None,
-    ignore_index: int = -100,
-    shift_labels: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """transformers' ``ForCausalLMLoss``: the same arguments and result, without the log-probabilities of every token.
-
-    Args:
-        logits: (batch, seqlen, vocab_size).
-        labels: int64 (batch, seqlen); token ``n`` predicts label ``n + 1``.
-        vocab_size: as in the logits.
-        num_items_in_batch: what the sum is divided by; None for the labels that count.
-        ignore_index: the label that does not count.
-        shift_labels: labels that are moved already.
-        kwargs: are ignored, as there.
-
-    Returns:
-        a float32 scalar, which can be differentiated once; the logits must not change before that.
-    """
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    label = shift_labels.reshape(-1).to(logits.device)
-    rows = logits.reshape(-1, vocab_size)
-    count = (label != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
-    if isinstance(count, Tensor):
-        count = count.to(logits.device)
-    if _has_kernel(rows, label, ignore_index):
-        total = _CrossEntropy.apply(rows, label, ignore_index)
-    else:
-        total = F.cross_entropy(rows.float(), label, ignore_index=ignore_index, reduction="sum")
-    loss: Tensor = total / count
-    return loss
 
 
 def _is_fused(module: nn.Module) -> bool:

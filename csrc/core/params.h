@@ -192,7 +192,8 @@ struct LinearWeight {
 struct LinearLayout {
     int64_t panel;        // outputs of a panel
     int64_t panel_bytes;  // of one weight
-    int64_t row_block;    // rows that a task may have
+    int64_t row_block;    // rows that a task may have, some row tiles
+    int64_t row_tile;     // rows that are multiplied at once; fewer take as long as half of them, or as all
 };
 
 // What one instruction set provides. Workspaces are in bytes, one for each thread, 64-byte aligned.

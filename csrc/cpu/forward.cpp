@@ -54,6 +54,10 @@ struct KeyBlock {
     void load(const Problem& p, const Sequence& s, int64_t kv_head, const ForwardScratch<E>& scratch, bool hides) {
         if (loaded && (checked || !hides)) return;
         find(p, s, kv_head, scratch);
+        for (int64_t j = 0; !loaded && j < end - begin; ++j) {
+            prefetch_row(key + j * key_stride, p.head_dim * E::kSize);
+            prefetch_row(value + j * value_stride, p.head_dim_v * E::kSize);
+        }
         for (int64_t j = 0; hides && j < end - begin && !dirty; ++j) {
             dirty = !row_is_finite(E::kType, value + j * value_stride, p.head_dim_v);
         }

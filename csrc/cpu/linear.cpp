@@ -19,7 +19,7 @@ constexpr int64_t kGroup = 8;  // panels whose sums wait for each other, so that
 // way there and back. Then a panel's vectors, the cache that its next rows are fetched into (3: level 1, 2: level 2),
 // and how far ahead if rows of x are few.
 struct VectorBlocks {
-    static constexpr int64_t kRowBlock = 64, kDepthBlock = 192;
+    static constexpr int64_t kDepthBlock = 192;
 #if defined(__AVX512F__) && (defined(__AMX_BF16__) || !defined(__AVX512BF16__))
     // Intel's processors begin two products a cycle, and slow down where each needs more than half a load: of an Ice
     // Lake's peak, panels of two vectors come to 87% and of three to 100%. For few rows its own fetching reaches 60% to
@@ -31,9 +31,10 @@ struct VectorBlocks {
     static constexpr int kVectors = 2, kLocality = 3;
     static constexpr int64_t kStreamedAhead = 0;
 #endif
+    static constexpr int64_t kRowTile = tile_rows_for(kVectors), kRowBlock = 64 / kRowTile * kRowTile;
 };
 struct TileBlocks {
-    static constexpr int64_t kRowBlock = 128, kDepthBlock = 1024;
+    static constexpr int64_t kRowTile = 32, kRowBlock = 128, kDepthBlock = 1024;
     static constexpr int kVectors = 2, kLocality = 3;
     static constexpr int64_t kStreamedAhead = 0;
 };
@@ -279,9 +280,8 @@ void copy_rows(const Linear& p, int64_t first_row, int64_t rows, char* to) {
         const char* from = p.x + (first_row + r) * p.x_row * kSize;
         if constexpr (LinearProduct<kType>::kWiden) {
             load_row<kType>(from, p.in_features, reinterpret_cast<float*>(to), p.in_features);
-        } else {
-            std::memcpy(to, from, p.in_features * kSize);
-            std::memset(to + p.in_features * kSize, 0, stride - p.in_features * kSize);
+        } else if constexpr (kSize == 2) {  // floats are only ever turned
+            copy_row(from, p.in_features, reinterpret_cast<float*>(to), stride / 4);
         }
     }
 }
@@ -335,7 +335,7 @@ LinearLayout linear_layout(DType dtype, int64_t in_features) {
     LinearLayout layout{};
     with_number_type(dtype, [&](auto type) {
         using P = LinearProduct<type()>;
-        layout = {P::kPanel, panel_bytes<type()>(in_features), P::kRowBlock};
+        layout = {P::kPanel, panel_bytes<type()>(in_features), P::kRowBlock, P::kRowTile};
     });
     return layout;
 }

@@ -44,6 +44,22 @@ inline void load_row(DType dtype, const char* source, int64_t count, float* targ
     with_dtype(dtype, [&](auto type) { load_row<type()>(source, count, target, padded); });
 }
 
+// `count` 16-bit elements as they are, then zeros up to `padded` 32-bit ones.
+inline void copy_row(const char* source, int64_t count, float* target, int64_t padded) {
+    int64_t i = 0;
+    for (; i + kLanes <= count / 2; i += kLanes) store(target + i, load(reinterpret_cast<const float*>(source) + i));
+    if (i == padded) return;  // a call for a few bytes, or none, takes longer than the row
+    const auto rest = static_cast<size_t>(2 * (count - 2 * i));
+    std::memcpy(target + i, source + 4 * i, rest);
+    std::memset(reinterpret_cast<char*>(target + i) + rest, 0, static_cast<size_t>(4 * (padded - i)) - rest);
+}
+
+// Asks for a row that is far from the last one: the processor's own fetching does not find it, and a loop that waits
+// for each row asks for few at a time.
+TF_INLINE void prefetch_row(const char* row, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
+}
+
 template <DType kType>
 TF_INLINE void store_row(const float* source, int64_t count, float scale, char* target) {
     constexpr int64_t kSize = kType == DType::f32 ? 4 : 2;

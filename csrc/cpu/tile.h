@@ -432,19 +432,19 @@ inline void pack_rows_transposed(const QueryTile& tile, const Operand& operand, 
                                  float* target) {
     const int64_t width = round_up(E::elements(columns), 4);
     const int lanes = tile.vectors * kLanes;
+    const auto row = [&](int lane) TF_INLINE_LAMBDA {
+        return row_of(operand, E::kSize, tile.p.packed ? 0 : tile.s.index, tile.head[lane],
+                      tile.s.first_query + tile.position[lane]);
+    };
+    for (int lane = 0; lane < tile.rows; ++lane) prefetch_row(row(lane), columns * E::kSize);
     for (int lane = 0; lane < lanes; ++lane) {
         float* to = staged + lane * width;
         if (lane >= tile.rows || tile.sees_nothing(lane)) {
             std::memset(to, 0, static_cast<size_t>(width) * 4);
-            continue;
-        }
-        const char* from = row_of(operand, E::kSize, tile.p.packed ? 0 : tile.s.index, tile.head[lane],
-                                  tile.s.first_query + tile.position[lane]);
-        if constexpr (E::kPaired) {
-            std::memcpy(to, from, static_cast<size_t>(columns) * 2);
-            std::memset(reinterpret_cast<char*>(to) + columns * 2, 0, static_cast<size_t>(width * 4 - columns * 2));
+        } else if constexpr (E::kPaired) {
+            copy_row(row(lane), columns, to, width);
         } else {
-            load_row<E::kType>(from, columns, to, width);
+            load_row<E::kType>(row(lane), columns, to, width);
         }
     }
     transpose(staged, width, target, kRows, lanes, width);

@@ -11,6 +11,12 @@ constexpr int64_t kSerialWork = 1 << 16;  // multiplications that are done soone
 // go through `out`.
 constexpr int64_t kLaidOutBytes = 4 << 20, kLaidOutDepth = 1024;
 
+// Blocks of almost equal size whose rows are whole tiles, but for the last.
+struct RowBlocks {
+    int64_t rows, tile, count;
+    int64_t begin(int64_t block) const { return std::min(ceil_div(rows, tile) * block / count * tile, rows); }
+};
+
 }  // namespace
 
 int64_t linear_bytes(const LinearWeight& w) {
@@ -30,13 +36,13 @@ void linear(const Linear& p, int num_threads) {
     const LinearLayout layout = kernels.linear_layout(p.dtype, p.in_features);
     const int64_t panels = ceil_div(p.out_features, layout.panel);
     if (p.rows * p.in_features * p.out_features < kSerialWork) num_threads = 1;
-    // Blocks of equal size, and enough runs of panels that threads end together. No bit depends on either.
-    const int64_t blocks = ceil_div(p.rows, layout.row_block);
-    const int64_t runs = num_threads == 1 ? 1 : std::min(panels, ceil_div(4 * num_threads, blocks));
-    run_tasks(blocks * runs, num_threads, kernels.linear_workspace(p), [&](int64_t task, char* workspace) {
+    // Enough runs of panels that threads end together. No bit depends on them, nor on the blocks.
+    const RowBlocks blocks{p.rows, layout.row_tile, ceil_div(p.rows, layout.row_block)};
+    const int64_t runs = num_threads == 1 ? 1 : std::min(panels, ceil_div(4 * num_threads, blocks.count));
+    run_tasks(blocks.count * runs, num_threads, kernels.linear_workspace(p), [&](int64_t task, char* workspace) {
         const int64_t block = task / runs, run = task % runs;
-        kernels.linear(p, p.rows * block / blocks, p.rows * (block + 1) / blocks, panels * run / runs,
-                       panels * (run + 1) / runs, workspace);
+        kernels.linear(p, blocks.begin(block), blocks.begin(block + 1), panels * run / runs, panels * (run + 1) / runs,
+                       workspace);
     });
 }
 
@@ -45,11 +51,12 @@ void linear_pair(const Linear& first, const Linear& second, int num_threads) {
     const LinearLayout layout = kernels.linear_layout(first.dtype, first.in_features);
     const int64_t rows = first.rows, size = size_of(first.dtype);
     // As many blocks for each thread, of at least 32 rows.
-    const int64_t blocks = std::min(round_up(ceil_div(rows, layout.row_block), num_threads), ceil_div(rows, 32));
-    const int64_t hidden = round_up(ceil_div(rows, blocks) * first.out_features * size, 64);
+    const RowBlocks blocks{rows, layout.row_tile,
+                           std::min(round_up(ceil_div(rows, layout.row_block), num_threads), ceil_div(rows, 32))};
+    const int64_t hidden = round_up(layout.row_block * first.out_features * size, 64);
     const int64_t workspace = std::max(kernels.linear_workspace(first), kernels.linear_workspace(second));
-    run_tasks(blocks, num_threads, hidden + workspace, [&](int64_t block, char* memory) {
-        const int64_t begin = rows * block / blocks, count = rows * (block + 1) / blocks - begin;
+    run_tasks(blocks.count, num_threads, hidden + workspace, [&](int64_t block, char* memory) {
+        const int64_t begin = blocks.begin(block), count = blocks.begin(block + 1) - begin;
         Linear a = first, b = second;
         a.rows = b.rows = count;
         a.x += begin * a.x_row * size;

@@ -492,6 +492,24 @@ def test_attention_weights_are_given_when_asked_for(case: Case, seed: int) -> No
     assert error_of(ours[0][0], eager[0][0]) < PROMISED  # and the output is still right
 
 
+@pytest.mark.parametrize("case", [BERT_CASE, LLAMA_CASE, GEMMA2_CASE, T5_CASE], ids=lambda case: case.id)
+def test_attention_weights_have_gradients(case: Case, seed: int) -> None:
+    """The output's, as methods that explain a prediction ask for them."""
+    ids, gradients = ids_of(2, 7, seed=seed), []
+    arguments = dict(input_ids=ids, output_attentions=True)
+    if case.inputs == "seq2seq":
+        arguments["decoder_input_ids"] = ids[:, :5]
+    for name in (NAME, "eager"):
+        out = build_with(case, seed, name)(**arguments)
+        weights = [w for key in out if key.endswith("attentions") for w in out[key]]
+        for w in weights:
+            w.retain_grad()
+        out[0].square().sum().backward()
+        gradients.append([w.grad for w in weights])
+    for mine, other in zip(*gradients, strict=True):
+        assert error_of(mine, other) < PROMISED
+
+
 def test_attention_weights_are_given_to_whoever_collects_them(seed: int) -> None:
     """A layer need not be told: transformers hooks its output."""
     from transformers.utils import output_capturing

@@ -118,7 +118,8 @@ def attention_forward(
 
     Returns:
         (batch, seqlen_q, num_heads, head_dim_v) and the weights (batch, num_heads, seqlen_q, seqlen_k) after dropout
-        if the model was asked for them, else None. Rows that see nothing are 0.
+        if the model was asked for them, else None. Where gradients are recorded the output is the product of these
+        weights and the values. Rows that see nothing are 0.
 
     Raises:
         ValueError, TypeError: an argument is wrong.
@@ -166,6 +167,8 @@ def attention_forward(
         return out.contiguous(), None
     out, weights = out.split([value.shape[-1], problem.key.shape[2]], dim=-1)
     weights = torch.nn.functional.pad(weights.transpose(1, 2), (0, key.shape[2] - weights.shape[-1]))
+    if weights.requires_grad:  # the output is made of them, for whoever wants its gradient with respect to them
+        out = (weights.unflatten(1, (value.shape[1], -1)) @ value.unsqueeze(2)).flatten(1, 2).transpose(1, 2)
     return out.contiguous(), weights
 
 

@@ -222,6 +222,60 @@ def flash_attn_varlen_func(
     return attention_varlen_with_probs(q, k, v, *lengths, arguments)
 
 
+def _flash_attn_varlen_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_softmax: bool = False,
+    block_table: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    zero_tensors: bool = False,
+    out: Tensor | None = None,
+    num_splits: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What other libraries call below :func:`flash_attn_varlen_func`: (out, softmax_lse, S_dmask, rng_state).
+
+    Of a paged cache ``seqused_k``, int32 (batch,), says how many keys each sequence has. The last result is zeros: no
+    backward pass of theirs goes with it.
+
+    Raises:
+        ValueError, TypeError: as :func:`flash_attn_varlen_func`; for ``leftpad_k``, ``zero_tensors`` or ``out``; for
+            ``seqused_k`` without ``block_table``.
+        RuntimeError: ``num_splits`` is above 1, as flash-attn has it.
+    """
+    refused = {"leftpad_k": leftpad_k, "zero_tensors": zero_tensors or None, "out": out}
+    if block_table is None:
+        refused["seqused_k"] = seqused_k
+    for name, value in refused.items():
+        if value is not None:
+            raise ValueError(f"{name} is given; allowed: its default, by _flash_attn_varlen_forward")
+    if num_splits > 1:
+        raise RuntimeError(f"num_splits > 1 is not supported: it is {num_splits}; allowed: 0 or 1")
+    if seqused_k is not None:
+        cu_seqlens_k = torch.nn.functional.pad(seqused_k.cumsum(0, dtype=torch.int32), (1, 0))
+    found = flash_attn_varlen_func(
+        *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal),
+        window_size=(window_size_left, window_size_right),
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        return_attn_probs=True,
+        block_table=block_table,
+    )
+    return (*found, q.new_zeros(2, dtype=torch.int64))
+
+
 def flash_attn_varlen_kvpacked_func(
     q: Tensor,
     kv: Tensor,

@@ -46,8 +46,11 @@ inline void load_row(DType dtype, const char* source, int64_t count, float* targ
 
 // `count` 16-bit elements as they are, then zeros up to `padded` 32-bit ones.
 inline void copy_row(const char* source, int64_t count, float* target, int64_t padded) {
+    typedef F Halves __attribute__((aligned(2), may_alias));
     int64_t i = 0;
-    for (; i + kLanes <= count / 2; i += kLanes) store(target + i, load(reinterpret_cast<const float*>(source) + i));
+    for (; i + kLanes <= count / 2; i += kLanes) {
+        *reinterpret_cast<Halves*>(target + i) = *reinterpret_cast<const Halves*>(source + 4 * i);
+    }
     if (i == padded) return;  // a call for a few bytes, or none, takes longer than the row
     const auto rest = static_cast<size_t>(2 * (count - 2 * i));
     std::memcpy(target + i, source + 4 * i, rest);
